@@ -1,0 +1,158 @@
+"""Raw answers on disk: which requests an epoch holds, which are answered, and how an answer is kept for good.
+
+A folder of raw answers holds append-only JSONL files, one object a line per answered request. They are the only
+truth about what was asked and paid for: nothing is rewritten, a torn last line is dropped on the next start, and a
+key that is present is never asked again.
+"""
+import fcntl
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+REQUIRED = ("key", "seed_words", "text")
+
+
+def read_vocabulary(path: Path) -> list[list[str]]:
+    """Return the lists of seed words of a vocabulary file; raise ValueError if it is not a list of lists of words."""
+    vocabulary = read_json(path)
+    if not isinstance(vocabulary, list) or not vocabulary or not all(
+            isinstance(forms, list) and forms and all(isinstance(form, str) and form for form in forms)
+            for forms in vocabulary):
+        raise ValueError(f"{path}: expected a list of lists of words, such as [[\"walk\", \"walks\"], [\"green\"]]")
+    return vocabulary
+
+
+def read_examples(path: Path) -> dict[str, str]:
+    """Return {seed word: "<h1>Headline</h1><p>Story</p>"}; raise ValueError if the file holds anything else."""
+    examples = read_json(path)
+    if not isinstance(examples, dict) or not examples or not all(isinstance(text, str) for text in examples.values()):
+        raise ValueError(f"{path}: expected an object of seed word: \"<h1>Headline</h1><p>Story</p>\"")
+    return examples
+
+
+def read_json(path: Path):
+    """Read a JSON file; raise FileNotFoundError or ValueError in words that name it."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int, n_words: int) -> Iterator[tuple[str, list[str]]]:
+    """Yield (key, seed words) for every request of an epoch: one form of each list, in an order of the epoch's own.
+
+    The same vocabulary, epoch, seed and n_words give the same requests on any machine, which is what makes the key
+    "epoch/batch" enough to know what was asked.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    words = [rng.choice(forms) for forms in vocabulary]
+    rng.shuffle(words)
+    for batch, start in enumerate(range(0, len(words), n_words)):
+        yield f"{epoch}/{batch}", words[start:start + n_words]
+
+
+def read_answers(folder: Path) -> Iterator[dict]:
+    """Yield every answer of the *.jsonl files of a folder, oldest file name first.
+
+    A torn last line (a process killed while it wrote) is passed over, as the writer will drop it; any other broken
+    line raises ValueError with its file and number.
+    """
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                if line.strip():
+                    yield parse_answer(line, f"{path}:{number}")
+
+
+def parse_answer(line: bytes, where: str) -> dict:
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise ValueError(f"{where}: not JSON; every line must be one answered request") from None
+    missing = [name for name in REQUIRED if not isinstance(answer, dict) or name not in answer]
+    if missing or not isinstance(answer["text"], str):
+        raise ValueError(f"{where}: expected an object with {', '.join(REQUIRED)}, and text a string")
+    return answer
+
+
+class AnswerFile:
+    """One append-only file of raw answers, locked against a second writer, its torn last line repaired.
+
+    Use as a context manager. `seed_words` maps each key answered in any file of the folder to what was asked, so
+    that a caller can tell which requests are still open.
+    Raises ValueError if another process holds the folder or a line is broken.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seed_words: dict[str, list[str]] = {}
+
+    def __enter__(self) -> "AnswerFile":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path.parent / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ValueError(f"{self.path.parent}: another process is writing answers there; "
+                             "wait for it or choose another --out") from None
+        try:
+            self._file = self.path.open("ab", buffering=0)
+            self._drop_torn_line()
+            for answer in read_answers(self.path.parent):
+                self.seed_words[answer["key"]] = answer["seed_words"]
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+        self._lock.close()
+
+    def _drop_torn_line(self) -> None:
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            end = size
+            while end > 0:                     # find the last newline, in blocks: a line may be long, a file huge
+                start = max(0, end - 65536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
+            if end < size:
+                file.truncate(end)
+
+    def is_answered(self, key: str, seed_words: list[str]) -> bool:
+        """Tell whether a request was answered; raise ValueError if its key was used for other words."""
+        answered = self.seed_words.get(key)
+        if answered is not None and answered != seed_words:
+            raise ValueError(f"{self.path.parent}: request {key} was asked with other seed words: this folder was "
+                             "begun with another --seed or vocabulary; choose another --out")
+        return answered is not None
+
+    def append(self, answer: dict) -> None:
+        """Add one answer and hand it to the operating system before returning.
+
+        The line is written at once or not at all: when the disk is full, what was written of it is taken back and
+        the OSError is raised.
+        """
+        line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            os.ftruncate(self._file.fileno(), start)
+            raise
+        self.seed_words[answer["key"]] = answer["seed_words"]
