@@ -1,14 +1,16 @@
 """Raw answers on disk: which requests an epoch holds, which are answered, and how an answer is kept for good.
 
 A folder of raw answers holds append-only JSONL files, one object a line per answered request. They are the only
-truth about what was asked and paid for: nothing is rewritten, a torn last line is dropped on the next start, and a
-key that is present is never asked again.
+truth about what was asked and answered: nothing is rewritten, a torn last line is dropped on the next start, and a
+key that is present is never asked again. What was paid for answers that never came stands beside them (note_lost).
 """
 import fcntl
+import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 REQUIRED = ("key", "seed_words", "text")
@@ -76,22 +78,28 @@ def parse_answer(line: bytes, where: str) -> dict:
     except ValueError:
         raise ValueError(f"{where}: not JSON; every line must be one answered request") from None
     missing = [name for name in REQUIRED if not isinstance(answer, dict) or name not in answer]
-    if missing or not isinstance(answer["text"], str):
+    if missing or not all(isinstance(answer[name], str) for name in ("key", "text")):
         raise ValueError(f"{where}: expected an object with {', '.join(REQUIRED)}, and text a string")
     return answer
+
+
+def digest_of(seed_words: list[str]) -> int:
+    """Return 8 bytes that stand for the words asked: a million requests are remembered in little memory."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(seed_words).encode(), digest_size=8).digest())
 
 
 class AnswerFile:
     """One append-only file of raw answers, locked against a second writer, its torn last line repaired.
 
-    Use as a context manager. `seed_words` maps each key answered in any file of the folder to what was asked, so
-    that a caller can tell which requests are still open.
+    Use as a context manager. On entering it reads every answer of the folder, so that is_answered() can tell which
+    requests are still open, and hands each to `on_earlier`, so that a caller can count them without a second pass.
     Raises ValueError if another process holds the folder or a line is broken.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, on_earlier: Callable[[dict], None] = lambda answer: None):
         self.path = path
-        self.seed_words: dict[str, list[str]] = {}
+        self._on_earlier = on_earlier
+        self._asked: dict[str, int] = {}       # key -> digest of its seed words
 
     def __enter__(self) -> "AnswerFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +114,8 @@ class AnswerFile:
             self._file = self.path.open("ab", buffering=0)
             self._drop_torn_line()
             for answer in read_answers(self.path.parent):
-                self.seed_words[answer["key"]] = answer["seed_words"]
+                self._asked[answer["key"]] = digest_of(answer["seed_words"])
+                self._on_earlier(answer)
         except BaseException:
             self.__exit__()
             raise
@@ -134,17 +143,17 @@ class AnswerFile:
 
     def is_answered(self, key: str, seed_words: list[str]) -> bool:
         """Tell whether a request was answered; raise ValueError if its key was used for other words."""
-        answered = self.seed_words.get(key)
-        if answered is not None and answered != seed_words:
+        answered = self._asked.get(key)
+        if answered is not None and answered != digest_of(seed_words):
             raise ValueError(f"{self.path.parent}: request {key} was asked with other seed words: this folder was "
-                             "begun with another --seed or vocabulary; choose another --out")
+                             "begun with another --seed, vocabulary or program; choose another --out")
         return answered is not None
 
     def append(self, answer: dict) -> None:
         """Add one answer and hand it to the operating system before returning.
 
-        The line is written at once or not at all: when the disk is full, what was written of it is taken back and
-        the OSError is raised.
+        The line is written whole or not at all: when the disk is full, or the program is told to stop in between,
+        what was written of it is taken back and the exception goes on.
         """
         line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
         start = self._file.seek(0, os.SEEK_END)
@@ -152,7 +161,28 @@ class AnswerFile:
             written = 0
             while written < len(line):
                 written += self._file.write(line[written:])
-        except OSError:
+        except BaseException:
             os.ftruncate(self._file.fileno(), start)
             raise
-        self.seed_words[answer["key"]] = answer["seed_words"]
+        self._asked[answer["key"]] = digest_of(answer["seed_words"])
+
+
+# ---------------------------------------------------------------- what was paid for nothing
+
+
+def read_lost(path: Path) -> float:
+    """Return the USD in a file of lost costs: what was, or may have been, paid for answers that never came."""
+    total = 0.0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            total += json.loads(line)["usd"]
+        except (ValueError, KeyError, TypeError):
+            continue                           # torn by a kill; the line that its run began with stands for it
+    return total
+
+
+def note_lost(path: Path, usd: float, cause: str) -> None:
+    """Add a line to a file of lost costs. The newline comes first, so that a torn line spoils no other."""
+    line = json.dumps({"usd": usd, "cause": cause, "created": int(time.time())})
+    with path.open("ab", buffering=0) as file:
+        file.write(f"\n{line}".encode())

@@ -1,0 +1,334 @@
+"""Have a large language model write news bulletins, ten a request; a whole corpus is about 100,000 requests.
+
+Reads:   vocabulary.json (seed words), few_shot_examples.json; OPENROUTER_API_KEY from the environment or .env.
+Writes:  raw answers, one JSON object a line, in --out/generated.jsonl: appended the moment they arrive, never rewritten;
+         --out/lost.log: what was, or may have been, paid for answers that never came.
+Run:     python generate_training_data.py --dry-run            # model, price, forecast, one prompt; costs nothing
+         python generate_training_data.py --bulletins 10000 --max-cost 1
+         The same command goes on where it stopped, whatever stopped it.
+"""
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import answers
+import bulletins
+import chat
+import cli
+import servers
+from prompts import MAX_TOKENS, N_WORDS, Request, choose_examples, messages_of, record_of
+
+DEFAULT_MODEL = "meta-llama/llama-3.1-8b-instruct"
+PROBE = 100                   # requests of the first round, after which the rate of acceptance is known
+HOPELESS = 20                 # so many requests without one accepted bulletin: the model cannot do it
+# What is expected before there are answers to measure.
+EXPECTED_ACCEPTED, EXPECTED_LATENCY_S, CHARACTERS_PER_TOKEN, CHARACTERS_PER_BULLETIN = 8.0, 10.0, 4.2, 480
+
+
+# ---------------------------------------------------------------- how many are asked
+
+
+def all_requests(vocabulary: list[list[str]], seed: int) -> Iterator[Request]:
+    """Yield the requests of epoch 0, 1, 2 ... without end."""
+    batches = (batch for epoch in count() for batch in answers.requests_of_epoch(vocabulary, epoch, seed, N_WORDS))
+    for index, (key, seed_words) in enumerate(batches):
+        yield Request(index, key, seed_words)
+
+
+def index_of(key: str, n_per_epoch: int) -> int | None:
+    """Return the place of an answered key among all requests, None if the key is none of ours."""
+    epoch, _, batch = key.partition("/")
+    if not (epoch.isdecimal() and batch.isdecimal() and int(batch) < n_per_epoch):
+        return None
+    return int(epoch) * n_per_epoch + int(batch)
+
+
+def size_of_next_round(n_asked: int, accepted: int, wanted: int) -> int:
+    """Return how many more requests to ask: no more than are needed, as far as is known.
+
+    Every answer of a round is awaited before the next is decided, and only from what the requests so far brought: a run
+    asks the same requests however often it was stopped.
+    """
+    if n_asked == 0:
+        return min(PROBE, math.ceil(wanted / N_WORDS))
+    if accepted == 0:
+        if n_asked >= HOPELESS:
+            raise ValueError(f"not one accepted bulletin in {n_asked} answers; look at them and choose another --model")
+        return n_asked
+    return math.ceil((wanted - accepted) * n_asked / accepted)
+
+
+class Tally:
+    """Counts what the answers of a folder brought and cost.
+
+    Bulletins are counted in the order of the requests, whatever order their answers come in: `accepted_after[n]` is
+    how many stand after the first n requests. A run that was killed sees the same numbers as one that was not.
+    """
+
+    def __init__(self, n_per_epoch: int, cost_of: Callable[[dict], float | None]):
+        self.n_per_epoch, self._cost_of = n_per_epoch, cost_of
+        self.acceptance = bulletins.Acceptance()
+        self.accepted_after = array("q", [0])
+        self.n_answers = self.n_cut = self.prompt_tokens = self.completion_tokens = 0
+        self.cost_usd = 0.0
+        self._early: dict[int, dict | None] = {}           # answers that wait for one before them
+
+    def add(self, answer: dict) -> None:
+        """Count one answer, of this run or an earlier one."""
+        usage = answer.get("usage") or {}
+        self.n_answers += 1
+        self.n_cut += answer.get("finish_reason") == "length"
+        self.prompt_tokens += usage.get("prompt_tokens") or 0
+        self.completion_tokens += usage.get("completion_tokens") or 0
+        self.cost_usd += self._cost_of(usage) or 0.0
+        index = index_of(answer["key"], self.n_per_epoch)
+        if index is None:
+            self.acceptance.add(answer)        # another program's, in the same folder
+        else:
+            self.place(index, answer)
+
+    def place(self, index: int, answer: dict | None) -> None:
+        """Count the bulletins of an answer when its turn comes; None if the request was given up."""
+        self._early[index] = answer
+        while (turn := len(self.accepted_after) - 1) in self._early:
+            answer = self._early.pop(turn)
+            if answer is not None:
+                self.acceptance.add(answer)
+            self.accepted_after.append(self.acceptance.accepted)
+
+
+# ---------------------------------------------------------------- what is said
+
+
+class Forecast(NamedTuple):
+    """What the bulletins still missing will take."""
+    n_requests: int
+    prompt_tokens: float
+    completion_tokens: float
+
+    def cost_usd(self, prices: chat.Prices) -> float:
+        return self.prompt_tokens * prices.prompt + self.completion_tokens * prices.completion
+
+
+def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
+    """Return a forecast from the answers so far, or from what is expected where there are none."""
+    accepted, n = tally.acceptance.accepted, tally.n_answers
+    n_requests = math.ceil(max(0, wanted - accepted) / (accepted / n if accepted else EXPECTED_ACCEPTED))
+    if tally.completion_tokens:
+        return Forecast(n_requests, n_requests * tally.prompt_tokens / n, n_requests * tally.completion_tokens / n)
+    n_characters = sum(len(message["content"]) for message in messages)
+    return Forecast(n_requests, n_requests * n_characters / CHARACTERS_PER_TOKEN,
+                    n_requests * N_WORDS * CHARACTERS_PER_BULLETIN / CHARACTERS_PER_TOKEN)
+
+
+def describe(expected: Forecast, model: servers.Model, client: chat.Client, accepted: int, wanted: int) -> str:
+    """Return the lines that a user reads before the first request is paid for."""
+    price, cost = "no price known", "cost unknown"
+    if client.prices is not None:
+        price = f"${client.prices.prompt * 1e6:g} in, ${client.prices.completion * 1e6:g} out, per million tokens"
+        cost = f"${expected.cost_usd(client.prices):.4f}"
+    minutes = max(1, math.ceil(expected.n_requests * EXPECTED_LATENCY_S / client.concurrency / 60))
+    lines = [f"model     {model.id} ({price})",
+             f"so far    {accepted:,} of {wanted:,} bulletins accepted, ${client.spent_usd:.4f} spent",
+             f"forecast  {expected.n_requests:,} requests, {expected.prompt_tokens:,.0f} tokens in, "
+             f"{expected.completion_tokens:,.0f} out, {cost}, about {minutes} min",
+             f"          (at {client.concurrency} in flight and {EXPECTED_LATENCY_S:g} s an answer)"]
+    if client.max_cost is not None:
+        lines.append(f"budget    ${client.max_cost:g}, of which ${max(0.0, client.max_cost - client.spent_usd):.4f} is left")
+    if model.expires is not None:
+        lines.append(f"note      the server withdraws this model on {model.expires}")
+    return "\n".join(lines)
+
+
+class Progress:
+    """A bar on a terminal, brought up to date at most twice a second."""
+
+    def __init__(self, client: chat.Client, tally: Tally, wanted: int):
+        self._client, self._tally = client, tally
+        self._bar = tqdm(total=wanted, initial=min(wanted, tally.acceptance.accepted), unit=" bulletins", disable=None,
+                         dynamic_ncols=True)
+        self._started = self._drawn = time.monotonic()
+
+    def update(self, is_last: bool = False) -> None:
+        now, client = time.monotonic(), self._client
+        if self._bar.disable or (now - self._drawn < 0.5 and not is_last):
+            return
+        elapsed_s, self._drawn = max(now - self._started, 1e-3), now
+        troubles = "".join(f", {cause} x{n}" for cause, n in client.failures.most_common(4))
+        self._bar.set_postfix_str(f"${client.spent_usd:.4f}, {client.n_answers / elapsed_s:.1f} req/s, "
+                                  f"{client.completion_tokens / elapsed_s:,.0f} tok/s, {client.n_in_flight} in flight"
+                                  + troubles, refresh=False)
+        self._bar.n = min(self._bar.total, self._tally.acceptance.accepted)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self.update(is_last=True)
+        self._bar.close()
+
+
+def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
+    """Return the table at the end: what this run did, and what the whole folder holds and has cost."""
+    accepted, spent = tally.acceptance.accepted, client.spent_usd
+    rows = [("this run", ""),
+            ("  answers", f"{client.n_answers:,} in {elapsed_s:.1f} s, {client.n_answers / max(elapsed_s, 1e-3):.1f} a second"),
+            ("  tokens", f"{client.prompt_tokens:,} in, {client.completion_tokens:,} out"),
+            *((f"  failed: {cause}", f"{n:,}") for cause, n in client.failures.most_common()),
+            ("all runs", ""),
+            ("  answers", f"{tally.n_answers:,}, of them {tally.n_cut:,} cut at {MAX_TOKENS:,} tokens"),
+            ("  tokens", f"{tally.prompt_tokens:,} in, {tally.completion_tokens:,} out"),
+            ("  accepted", f"{accepted:,}"),
+            *((f"  rejected: {rule}", f"{n:,}") for rule, n in tally.acceptance.rejected.most_common()),
+            ("  dollars", f"{spent:.4f}"),
+            ("  dollars per 1,000 accepted", f"{spent / accepted * 1000:.4f}" if accepted else "-")]
+    return "\n".join(f"{name:<32}{value}".rstrip() for name, value in rows)
+
+
+# ---------------------------------------------------------------- the run
+
+
+@contextmanager
+def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
+    """Let a first Ctrl-C or SIGTERM stop the client, which awaits what is in flight; a second one does not wait.
+
+    Yields the list of the signals received.
+    """
+    received = []
+
+    def on_signal(number: int, frame) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt("what was in flight is lost; the same command goes on from here")
+        client.stop()
+        # Not print(): the signal may have come in the middle of another.
+        os.write(2, f"\nwaiting for {client.n_in_flight} answers in flight; once more to leave them\n".encode())
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Iterator[None]:
+    """Keep the account of what is paid for nothing, so that a budget holds over runs that were killed.
+
+    What may be in flight at the worst is written down before the first request and taken back when all have arrived.
+    """
+    at_risk = client.concurrency * worst_usd
+    if client.max_cost is not None:
+        at_risk = min(at_risk, max(0.0, client.max_cost - client.spent_usd))
+    client.on_lost = lambda usd, cause: answers.note_lost(path, usd, cause)
+    if at_risk:
+        answers.note_lost(path, at_risk, "in flight, if this run is killed")
+    try:
+        yield
+    finally:
+        if at_risk and client.n_in_flight == 0:
+            answers.note_lost(path, -at_risk, "all arrived")
+
+
+def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: "Asking", tally: Tally, file: answers.AnswerFile) -> None:
+    """Ask round after round until enough bulletins stand, or the client is stopped."""
+    requests, n_asked = all_requests(ask.vocabulary, args.seed), 0
+    progress = Progress(client, tally, args.bulletins)
+    try:
+        while not client.is_stopping and (accepted := tally.accepted_after[n_asked]) < args.bulletins:
+            size = size_of_next_round(n_asked, accepted, args.bulletins)
+            n_asked += size
+            still_open = (r for r in islice(requests, size) if not file.is_answered(r.key, r.seed_words))
+            for request, answer in client.answers(still_open, ask.body_of):
+                if answer is None:
+                    tally.place(request.index, None)
+                else:
+                    record = ask.record_of(request, answer)
+                    file.append(record)
+                    tally.add(record)
+                progress.update()
+    finally:
+        progress.close()
+
+
+class Asking:
+    """What the requests of a run are made of: its words, its examples, and the options they all share."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.vocabulary = answers.read_vocabulary(args.vocabulary)
+        self.examples = answers.read_examples(args.examples)
+        self._seed = args.seed
+        self.options = {"max_tokens": MAX_TOKENS, "temperature": args.temperature}
+
+    def shown(self, request: Request) -> list[str]:
+        return choose_examples(request, self.examples, self._seed)
+
+    def body_of(self, request: Request, prefill: bool) -> dict:
+        return {**self.options, "messages": messages_of(request, self.shown(request), self.examples, prefill)}
+
+    def record_of(self, request: Request, answer: chat.Answer) -> dict:
+        return record_of(request, self.shown(request), self.examples, answer)
+
+
+def generate(args: argparse.Namespace) -> None:
+    ask = Asking(args)
+    sample = ask.body_of(next(all_requests(ask.vocabulary, args.seed)), prefill=True)
+    if args.dry_run:
+        for message in sample["messages"]:
+            print(f"--- {message['role']}\n{message['content']}")
+        print("---", flush=True)
+    client, model = servers.connect(args, DEFAULT_MODEL)
+    ask.options.update(servers.options(args, model, client.prices))
+    tally = Tally(math.ceil(len(ask.vocabulary) / N_WORDS), client.cost_of)
+
+    def say_forecast() -> None:
+        client.spent_usd = tally.cost_usd + answers.read_lost(args.out / "lost.log")
+        expected = forecast(tally, args.bulletins, sample["messages"])
+        servers.check_room(model, expected.prompt_tokens / max(expected.n_requests, 1) + MAX_TOKENS)
+        print(describe(expected, model, client, tally.acceptance.accepted, args.bulletins),
+              file=sys.stdout if args.dry_run else sys.stderr)
+
+    if args.dry_run:
+        for answer in answers.read_answers(args.out):
+            tally.add(answer)
+        say_forecast()
+        return
+    started = time.monotonic()
+    with client, answers.AnswerFile(args.out / "generated.jsonl", on_earlier=tally.add) as file:
+        say_forecast()
+        with lost_costs_noted(client, args.out / "lost.log", 1.25 * client.worst_cost(sample)), gentle_stop(client) as signals:
+            try:
+                ask_until_done(args, client, ask, tally, file)
+            finally:
+                print(summary(client, tally, time.monotonic() - started))
+    if signals:
+        raise KeyboardInterrupt(f"{tally.acceptance.accepted:,} bulletins so far; the same command goes on from here")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bulletins", type=servers.at_least(int, 1), default=1000, metavar="N",
+                        help="accepted bulletins wanted, over all runs on the same --out (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("training_data/raw"), help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the seed words (default: %(default)s)")
+    parser.add_argument("--temperature", type=servers.at_least(float, 0), default=0.8, help="default: %(default)s")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
+    parser.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
+    parser.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
+    servers.add_arguments(parser)
+    args = parser.parse_args(argv)
+    return cli.run(lambda: generate(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

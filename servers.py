@@ -1,0 +1,186 @@
+"""Which chat server, which key, which model and at what price: all that is settled before the first request.
+
+Used by every command that asks a chat server: add_arguments() for its flags, connect() for its client.
+"""
+import argparse
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta, timezone
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+import chat
+
+OPENROUTER = "https://openrouter.ai/api/v1"
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Model:
+    id: str
+    prices: chat.Prices | None = None
+    context_length: int | None = None
+    expires: date | None = None
+    speaks_openrouter: bool = False    # it lists prices, so it knows OpenRouter's options; a strict server would refuse them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every command that asks a chat server."""
+    parser.add_argument("--model", help="model to ask (default: the command's own on OpenRouter, else the only one listed)")
+    parser.add_argument("--base-url", default=OPENROUTER, help="any OpenAI-compatible server (default: %(default)s)")
+    parser.add_argument("--concurrency", type=at_least(int, 1), default=64, metavar="N",
+                        help="most requests in flight (default: %(default)s)")
+    parser.add_argument("--max-cost", type=at_least(float, 0), metavar="USD",
+                        help="hard budget over all runs on the same --out (default: none)")
+    parser.add_argument("--price-in", type=at_least(float, 0), metavar="USD",
+                        help="price of a million prompt tokens, where the server lists none")
+    parser.add_argument("--price-out", type=at_least(float, 0), metavar="USD", help="the same of completion tokens")
+    parser.add_argument("--provider-json", type=json_object, default={}, metavar="JSON",
+                        help="OpenRouter's provider options, such as '{\"sort\": \"price\"}'")
+    parser.add_argument("--allow-undistillable", action="store_true",
+                        help="also use models whose terms forbid training on what they write")
+    parser.add_argument("--timeout", type=at_least(float, 0.1), default=120, metavar="S",
+                        help="longest wait for one answer, in seconds (default: %(default)s)")
+    parser.add_argument("--patience", type=at_least(float, 0.1), default=300, metavar="S",
+                        help="stop when nothing was answered for so many seconds (default: %(default)s)")
+
+
+def at_least(kind: type, least: float):
+    """Return an argparse type: a number of a kind, not below `least`."""
+    def number(text: str):
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+    number.__name__ = kind.__name__
+    return number
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
+
+
+def connect(args: argparse.Namespace, default_model: str) -> tuple[chat.Client, Model]:
+    """Return a client and the model it is to ask; nothing has been paid for yet.
+
+    Raises ValueError for a model that the server does not list or has withdrawn, and for a budget without prices.
+    """
+    base_url = args.base_url.rstrip("/")
+    if urlsplit(base_url).scheme not in ("http", "https") or "@" in urlsplit(base_url).netloc:
+        raise ValueError(f"--base-url {args.base_url}: expected http(s)://host/path, and the key in the environment")
+    client = chat.Client(base_url, key=find_key(base_url), concurrency=args.concurrency, timeout_s=args.timeout,
+                         patience_s=args.patience, max_cost=args.max_cost)
+    model = find_model(client.get("/models"), args.model, default_model, base_url)
+    client.prices = prices_of(args, model)
+    if args.max_cost is not None and client.prices is None:
+        raise ValueError(f"--max-cost: {base_url} lists no price for {model.id}; add --price-in and --price-out "
+                         "(0 for a server of your own)")
+    if is_openrouter(base_url) and not client.key and not getattr(args, "dry_run", False):
+        raise ValueError("no API key: set OPENROUTER_API_KEY in the environment or in .env (https://openrouter.ai/keys)")
+    return client, model
+
+
+def find_key(base_url: str, dotenv: Path = Path(".env")) -> str:
+    """Return the API key from the environment or .env, "" if there is none.
+
+    CHAT_API_KEY goes to whatever server is named; OPENROUTER_API_KEY to OpenRouter only, or a proxy on this machine.
+    """
+    stored = {**dotenv_values(dotenv), **os.environ}
+    names = ["CHAT_API_KEY"]
+    if is_openrouter(base_url) or urlsplit(base_url).hostname in THIS_MACHINE:
+        names.insert(0, "OPENROUTER_API_KEY")
+    for name in names:
+        if key := (stored.get(name) or "").strip():
+            if not all("!" <= character <= "~" for character in key):     # never quoted: requests would do so
+                raise ValueError(f"{name}: not an API key; it holds characters that no key has")
+            return key
+    return ""
+
+
+def is_openrouter(base_url: str) -> bool:
+    host = urlsplit(base_url).hostname or ""
+    return host == "openrouter.ai" or host.endswith(".openrouter.ai")
+
+
+def find_model(listing: object, wanted: str | None, default: str, base_url: str) -> Model:
+    """Return the model that is wanted; raise ValueError if the server's list does not hold it or it has expired.
+
+    `listing` is what /models gave, None where the server has no such page; then any name is taken at its word.
+    """
+    cards = listing.get("data") if isinstance(listing, dict) else None
+    cards = {card["id"]: card for card in cards or [] if isinstance(card, dict) and isinstance(card.get("id"), str)}
+    if wanted is None and (default in cards or is_openrouter(base_url)):
+        wanted = default
+    if wanted is None and len(cards) == 1:
+        wanted = next(iter(cards))
+    if wanted is None:
+        raise ValueError(f"--model: {base_url} lists {', '.join(list(cards)[:5]) or 'no models'}; name one")
+    if not cards:
+        return Model(wanted)
+    if wanted not in cards:
+        near = difflib.get_close_matches(wanted, cards, n=3, cutoff=0.4) or list(cards)[:3]
+        raise ValueError(f"--model {wanted}: {base_url} does not list it; it has {', '.join(near)}")
+    card = cards[wanted]
+    expires = date_of(card.get("expiration_date"))
+    if expires is not None and expires <= datetime.now(timezone.utc).date() + timedelta(days=1):
+        raise ValueError(f"--model {wanted}: {base_url} withdraws it on {expires}; choose another")
+    pricing = card.get("pricing") if isinstance(card.get("pricing"), dict) else None
+    length = card.get("context_length")
+    return Model(wanted, listed_prices(pricing or {}), length if isinstance(length, int) else None, expires,
+                 pricing is not None)
+
+
+def listed_prices(pricing: dict) -> chat.Prices | None:
+    """Return the prices of a model card, USD per token; None where they are missing or vary (-1)."""
+    try:
+        prices = chat.Prices(float(pricing["prompt"]), float(pricing["completion"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return prices if all(map(chat.is_amount, prices)) else None
+
+
+def check_room(model: Model, n_tokens: float) -> None:
+    """Raise ValueError if a request and its answer do not fit into the model's context."""
+    if model.context_length is not None and n_tokens > model.context_length:
+        raise ValueError(f"--model {model.id}: its context of {model.context_length:,} tokens is too small for a request "
+                         f"of about {n_tokens:,.0f}")
+
+
+def date_of(text: object) -> date | None:
+    try:
+        return date.fromisoformat(str(text)[:10])
+    except ValueError:
+        return None
+
+
+def prices_of(args: argparse.Namespace, model: Model) -> chat.Prices | None:
+    """Return what to count with: the user's prices, or the dearest provider's that the options admit, or the listed."""
+    if (args.price_in is None) != (args.price_out is None):
+        raise ValueError("--price-in and --price-out: give both or none")
+    if args.price_in is not None:
+        return chat.Prices(args.price_in / 1e6, args.price_out / 1e6)
+    highest = args.provider_json.get("max_price")
+    if isinstance(highest, dict) and all(chat.is_amount(highest.get(name)) for name in chat.Prices._fields):
+        return chat.Prices(highest["prompt"] / 1e6, highest["completion"] / 1e6)
+    return model.prices
+
+
+def options(args: argparse.Namespace, model: Model, prices: chat.Prices | None) -> dict:
+    """Return what goes into every request besides its messages: the model and, for OpenRouter, its options."""
+    if not model.speaks_openrouter:
+        return {"model": model.id, **({"provider": args.provider_json} if args.provider_json else {})}
+    provider = {"enforce_distillable_text": not args.allow_undistillable}
+    if args.max_cost is not None and prices is not None:      # no provider dearer than what the budget counts with
+        provider["max_price"] = {"prompt": round(prices.prompt * 1e6, 6), "completion": round(prices.completion * 1e6, 6)}
+    return {"model": model.id,
+            "plugins": [{"id": "context-compression", "enabled": False}], "provider": {**provider, **args.provider_json}}
