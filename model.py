@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 # Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
-PAD, BOS, EOS, SEPARATOR = 0, 1, 2, 3         # ids of the special tokens; padding shares the id of <unk>
+PAD, BOS, EOS = 0, 1, 2       # ids of the special tokens; padding shares the id of <unk>
 
 
 # ---------------------------------------------------------------- config

@@ -1,0 +1,248 @@
+"""Bulletins as tokens: encoded once, memory-mapped, cut into batches of near-equal length.
+
+A corpus is a folder with train.txt and validation.txt (or .txt.xz, in one file or shards), one bulletin a line. Its
+tokens are kept in .tokens/ beside it, under a name made of the hashes of the text and of the tokenizer.
+"""
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from bulletins import SEPARATOR, Bulletin, corpus_files, open_text
+
+USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
+IGNORED = -100                # target of a padding position: no loss
+SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together; more means less padding, less chance
+LINES_A_TASK = 2000
+
+
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
+    """Load a sentencepiece model and check that it is one of ours and, where vocab_size is given, of that size.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such tokenizer")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError:
+        raise ValueError(f"{path}: not a sentencepiece model") from None
+    for i, piece in enumerate(("<unk>", "<s>", "</s>", SEPARATOR)):
+        if tokenizer.id_to_piece(i) != piece:
+            raise ValueError(f"{path}: piece {i} is {tokenizer.id_to_piece(i)!r}, expected {piece!r}; "
+                             "was it made by train_tokenizer.ipynb?")
+    if vocab_size is not None and len(tokenizer) != vocab_size:
+        raise ValueError(f"{path}: holds {len(tokenizer):,} pieces, but the config's model.vocab_size is {vocab_size:,}")
+    return tokenizer
+
+
+def train_tokenizer(text: Path, vocab_size: int, prefix: Path) -> None:
+    """Train a BPE tokenizer of exactly vocab_size pieces on the lines of a text; write prefix.model and prefix.vocab.
+
+    The same text gives the same bytes. sentencepiece's defaults are decided here on purpose: the text is clean ASCII,
+    so normalisation is the identity and every character is covered; no byte pieces, since an alphabet that is known
+    needs no fallback; digits and the marks of prices and quotations stand alone, as in the published tokenizers.
+    Raises ValueError if the text cannot fill the vocabulary.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    partial = prefix.with_name(prefix.name + ".partial")
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(partial), model_type="bpe", vocab_size=vocab_size,
+            user_defined_symbols=USER_SYMBOLS, character_coverage=1.0, normalization_rule_name="identity",
+            byte_fallback=False, input_sentence_size=2_000_000, shuffle_input_sentence=True, max_sentence_length=8192,
+            num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise ValueError(f"{text}: cannot fill a vocabulary of {vocab_size:,} pieces; use a smaller one or more text "
+                         f"({error})") from None
+    for kind in ("model", "vocab"):
+        os.replace(f"{partial}.{kind}", f"{prefix}.{kind}")
+
+
+def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | None, context_length: int) -> list[int]:
+    """Return the ids that ask a model for a bulletin: all of it if headline is None, else its story.
+
+    Raises ValueError if the headline holds a character that the tokenizer does not know, or leaves no room for a story.
+    """
+    if headline is None:
+        return [tokenizer.bos_id()]
+    text = " ".join(headline.lower().split())
+    if not text or SEPARATOR in text:
+        raise ValueError(f"headline {headline!r}: expected a line of text without {SEPARATOR}")
+    unknown = sorted({character for character in text if tokenizer.unk_id() in tokenizer.encode(character)})
+    if unknown:
+        raise ValueError(f"headline {headline!r}: the tokenizer does not know {' '.join(unknown)}")
+    ids = [tokenizer.bos_id(), *tokenizer.encode(f"{text} {SEPARATOR}")]
+    if len(ids) > context_length // 2:
+        raise ValueError(f"headline {headline!r}: {len(ids)} tokens leave no room for a story in a context of {context_length}")
+    return ids
+
+
+def bulletin_of_ids(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[int]) -> Bulletin:
+    """Return the headline and story that ids spell; the story is empty if no separator was written."""
+    separator = tokenizer.piece_to_id(SEPARATOR)
+    end = ids.index(separator) if separator in ids else len(ids)
+    story = [i for i in ids[end + 1:] if i != separator]
+    return Bulletin(tokenizer.decode(ids[:end]).strip(), tokenizer.decode(story).strip())
+
+
+# ---------------------------------------------------------------- encoding
+
+
+class Tokens:
+    """The bulletins of one split as ids, each `bos + headline </h> story + eos`, memory-mapped.
+
+    `ids` holds them end to end (uint16); bulletin i stands at offsets[i] : offsets[i + 1]. `n_too_long` bulletins of
+    the text are left out because they do not fit the context, `n_malformed` lines because they hold no separator.
+    """
+
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray, n_too_long: int, n_malformed: int, n_bytes: int, sha256: str):
+        self.ids, self.offsets = ids, offsets
+        self.lengths = np.diff(offsets)
+        self.n_too_long, self.n_malformed, self.n_bytes, self.sha256 = n_too_long, n_malformed, n_bytes, sha256
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets, both [B, T]: the targets are the inputs one token on, padding is IGNORED."""
+        longest = int(self.lengths[indices].max())
+        rows = np.zeros((len(indices), longest), dtype=np.int64)
+        for row, i in zip(rows, indices):
+            row[:self.lengths[i]] = self.ids[self.offsets[i]:self.offsets[i + 1]]
+        targets = rows[:, 1:].copy()
+        targets[np.arange(longest - 1) >= self.lengths[indices, None] - 1] = IGNORED
+        return torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(targets).to(device)
+
+
+def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
+    """Return (ids, bytes of text) for each line of a task; a malformed line gives no ids."""
+    proto, lines = task
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
+    well_formed = [line.count(f" {SEPARATOR} ") == 1 for line in lines]
+    return [([bos, *ids, eos] if ok else [], len(line.encode()))
+            for line, ids, ok in zip(lines, tokenizer.encode(lines), well_formed)]
+
+
+def lines_of(paths: list[Path]) -> Iterator[str]:
+    """Yield the lines of text files, without their ends, passing over empty ones.
+
+    Raises ValueError naming the file that is not UTF-8.
+    """
+    for path in paths:
+        try:
+            with open_text(path) as file:
+                yield from (line.strip() for line in file if line.strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]]]:
+    lines: list[str] = []
+    for line in lines_of(paths):
+        lines.append(line)
+        if len(lines) == LINES_A_TASK:
+            yield proto, lines
+            lines = []
+    if lines:
+        yield proto, lines
+
+
+def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) -> Tokens:
+    """Return the tokens of text files, from the cache beside the first of them or encoded now, on all cores.
+
+    Raises ValueError if no bulletin is left to train on.
+    """
+    digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
+    for path in [*paths, tokenizer_path]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    stem = paths[0].parent / ".tokens" / digest.hexdigest()[:24]
+    if not stem.with_suffix(".json").exists():
+        encode_files(paths, tokenizer_path.read_bytes(), context_length, stem)
+    facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    ids = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="r")
+    return Tokens(ids, np.load(stem.with_suffix(".npy")), **facts, sha256=digest.hexdigest())
+
+
+def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Path) -> None:
+    """Encode text files into stem.ids, stem.npy (offsets) and, last, stem.json, whose presence says all is there."""
+    stem.parent.mkdir(exist_ok=True)
+    lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0}
+    partial = stem.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as out, Pool() as pool:
+            bar = tqdm(desc=f"encoding {paths[0].parent.name}/{paths[0].name}", unit="bulletin", disable=None)
+            for encoded in pool.imap(encode_lines, tasks_of(paths, proto)):
+                for ids, n_bytes in encoded:
+                    if not ids:
+                        facts["n_malformed"] += 1
+                    elif len(ids) > context_length:
+                        facts["n_too_long"] += 1
+                    else:
+                        out.write(np.array(ids, dtype=np.uint16).tobytes())
+                        lengths.append(len(ids))
+                        facts["n_bytes"] += n_bytes
+                bar.update(len(encoded))
+            bar.close()
+        if not lengths:
+            raise ValueError(f"{paths[0]}: holds no bulletin to learn from; expected lines such as "
+                             f"\"a headline {SEPARATOR} a story.\" of at most {context_length} tokens "
+                             f"({facts['n_too_long']} too long, {facts['n_malformed']} without one {SEPARATOR})")
+        os.replace(partial, stem.with_suffix(".ids"))
+    finally:
+        partial.unlink(missing_ok=True)
+    np.save(stem.with_suffix(".npy"), np.concatenate([[0], np.cumsum(lengths)]))
+    partial.write_text(json.dumps(facts), encoding="utf-8")
+    os.replace(partial, stem.with_suffix(".json"))
+
+
+def load_split(folder: Path, split: str, tokenizer_path: Path, context_length: int) -> Tokens:
+    """Return the tokens of the "train" or "validation" split of a corpus folder."""
+    return load_tokens(corpus_files(folder, split), tokenizer_path, context_length)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the bulletins of each batch of an epoch: every bulletin once, those of a batch of near-equal length.
+
+    The shuffled corpus is sorted by length in windows of SORTED_BATCHES batches, cut, and the batches are shuffled.
+    Only the last window may end in a batch that is not full. A function of its arguments alone, so that a run that
+    goes on finds the same batches.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), SORTED_BATCHES * batch_size):
+        window = order[start:start + SORTED_BATCHES * batch_size]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@torch.inference_mode()
+def bulletin_losses(model, tokens: Tokens, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Return the summed loss in nats of each bulletin and its number of targets, both [N], in the order of the split.
+
+    model(ids [B, T]) gives logits [B, T, V] in float32. A mean over the split is total divided by total.
+    """
+    order = np.argsort(tokens.lengths, kind="stable")
+    nats = np.zeros(len(tokens))
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch_size):
+        indices = order[start:start + batch_size]
+        inputs, targets = tokens.batch(indices, device)
+        nll = F.cross_entropy(model(inputs).transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        nats[indices] = nll.sum(1, dtype=torch.float64).cpu()        # (B, T) -> (B,)
+    return nats, tokens.lengths - 1
