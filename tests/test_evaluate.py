@@ -1,0 +1,465 @@
+"""A judge's broken answers and what becomes of each; the report and the quality measures, by hand and as commands."""
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bulletins
+import evaluate
+import quality
+
+REPOSITORY = Path(evaluate.__file__).parent
+
+
+def run(*args, cwd=REPOSITORY):
+    return subprocess.run([sys.executable, str(REPOSITORY / "evaluate.py"), *map(str, args)], cwd=cwd, timeout=120,
+                          capture_output=True, text=True)
+
+
+def assert_input_error(result, *parts):
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+# ---------------------------------------------------------------- a judge's answer
+
+SCORED = {
+    # whole JSON
+    '{"notes": "Fine.", "evaluation": 4}': 4,
+    '{"notes": "Fine.", "evaluation": 4.0}': 4,
+    '{"notes": "Fine.", "evaluation": "4"}': 4,
+    '{"notes": "Fine.", "evaluation": " 4 "}': 4,
+    '{"notes": "Fine.", "evaluation": "4/5"}': 4,
+    '{"notes": "Fine.", "evaluation": "4 out of 5"}': 4,
+    '{"evaluation": 2, "notes": "Fine."}': 2,
+    '{"grammar": 5, "evaluation": 3, "plot": 1}': 3,
+    '{"notes": "Fine.", "evaluation": 1}': 1,
+    '{"notes": "Fine.", "evaluation": 5}': 5,
+    '{"notes": {"evaluation": 2}, "evaluation": 4}': 4,
+    # half points are read as they stand, never cut to 3
+    '{"notes": "Fine.", "evaluation": 3.5}': 3.5,
+    'He said "so".", "evaluation": 3.5}': 3.5,
+    # the continuation of {"notes": "
+    'Fine.", "evaluation": 4}': 4,
+    '", "evaluation": 4}': 4,
+    '  Fine.",\n "evaluation" :\n4\n}\n': 4,
+    # the prefill said again
+    '{"notes": "{"notes": "Fine.", "evaluation": 4}': 4,
+    'notes": "Fine.", "evaluation": 4}': 4,
+    # line breaks, tabs and quotes inside the notes
+    'Grammar: good.\n\nPlot:\tbad.", "evaluation": 2}': 2,
+    'The word "odd" is odd, and "so" on.", "evaluation": 2}': 2,
+    '{"notes": "It says "stop".\nThen "go".", "evaluation": "2"}': 2,
+    'A \\"quoted\\" word.", "evaluation": 3}': 3,
+    # the word evaluation, and other numbers, inside the notes
+    'My evaluation: 3 of 4 points are met, 5 would be too much.", "evaluation": 4}': 4,
+    'The "evaluation": 3 would be harsh, said "he".", "evaluation": 4}': 4,
+    'In JSON: \\"evaluation\\": 3}.", "evaluation": 4}': 4,
+    '{"notes": "evaluation 1: 2", "evaluation": 4}': 4,
+    # text after the closing brace, several objects: the first that gives a score
+    'Fine.", "evaluation": 4} I hope that helps! My evaluation: 2.': 4,
+    'Fine.", "evaluation": 4}\n\n{"notes": "Another.", "evaluation": 2}': 4,
+    '{"notes": "A", "evaluation": 4}{"notes": "B", "evaluation": 2}': 4,
+    'So "odd".", "evaluation": 4}\n{"notes": "B", "evaluation": 2}': 4,
+    'So "odd".", "evaluation": 4\n{"notes": "B", "evaluation": 2}': 4,
+    '{"notes": "Fine."}\n{"evaluation": 4}': 4,
+    'Fine.", "evaluation": 4}<|eot_id|>': 4,
+    'Fine.", "evaluation": 4<|im_end|>': 4,
+    # text before, code fences, thinking
+    'Here is my answer:\n{"notes": "Fine.", "evaluation": 4}': 4,
+    '```json\n{"notes": "Fine.", "evaluation": 4}\n```': 4,
+    'Sure:\n```\n{"notes": "Fine.", "evaluation": 4}\n```\nDone.': 4,
+    'Fine.", "evaluation": 4\n```': 4,
+    '<think>{"evaluation": 1}</think>{"notes": "Fine.", "evaluation": 4}': 4,
+    '[{"notes": "Fine.", "evaluation": 4}]': 4,
+    # the brace, a quote or a comma lost, or one too many
+    'Fine.", "evaluation": 4': 4,
+    'Fine.", "evaluation": "4': 4,
+    'Fine.", "evaluation": 4"}': 4,
+    'Fine.", "evaluation": 4,}': 4,
+    'Fine.\n"evaluation": 4}': 4,
+    'Fine. "evaluation": 4}': 4,
+    'Fine.\n"evaluation": 4': 4,
+    'Fine."\n"evaluation": 4}': 4,
+    'Fine.", "evaluation": 4}}': 4,
+    'So "odd".", "evaluation": 4, "certain": true}': 4,
+    # other quotes and remarks
+    "{'notes': 'Fine.', 'evaluation': 4}": 4,
+    "{“notes”: “Fine.”, “evaluation”: 4}": 4,
+    '{\\"notes\\": \\"Fine.\\", \\"evaluation\\": 4}': 4,
+    'Fine.\\", \\"evaluation\\": 4}': 4,
+    '{"notes": "Fine.", "Evaluation": 4}': 4,
+    'Fine.", "evaluation": 4 (good)}': 4,
+    'Fine.", "evaluation": 4 // good\n}': 4,
+    'Fine.", "evaluation": **4**}': 4,
+    'Fine.", "evaluation": 4/5}': 4,
+}
+
+UNSCORED = {
+    None: "empty",
+    "": "empty",
+    " \n": "empty",
+    "```json\n```": "cut off",
+    "I cannot judge this.": "cut off",
+    "The story begins well, and then the": "cut off",
+    'Fine.", "evalu': "cut off",
+    'Fine.", "evaluation": ': "cut off",
+    'Fine.", "evaluation": "': "cut off",
+    '{"notes": "I would give it an evaluation: 4, if the': "cut off",
+    'My evaluation: 4\nThe rest': "cut off",
+    'The "evaluation": 3 would be harsh, as the': "cut off",
+    'The rubric says \\"evaluation\\": 3 is for stories that': "cut off",
+    'The "evaluation": 3': "cut off",
+    'The "evaluation": 3\nwould be harsh, as the': "cut off",
+    'In JSON: \\"evaluation\\": 3}. That': "no evaluation",
+    'Of "grammar", "evaluation": 3 is what many would': "cut off",
+    "<think>I would say {\"evaluation\": 3} but": "empty",
+    'Fine.", "evaluation": 4.': "not a number: 4.",
+    'Fine."}': "no evaluation",
+    '{"notes": "Fine.", "score": 4}': "no evaluation",
+    '{"notes": "Fine. I say 4"}': "no evaluation",
+    'Fine.", "evaluation": 4 or 5}': "no evaluation",
+    '{"notes": "Fine.", "evaluation": null}': "not a number: None",
+    '{"notes": "Fine.", "evaluation": true}': "not a number: True",
+    '{"notes": "Fine.", "evaluation": "good"}': "not a number: good",
+    '{"notes": "Fine.", "evaluation": "4 or 5"}': "not a number: 4 or 5",
+    '{"notes": "Fine.", "evaluation": "3-4"}': "not a number: 3-4",
+    '{"notes": "Fine.", "evaluation": "8/10"}': "not a number: 8/10",
+    '{"notes": "Fine.", "evaluation": [4]}': "not a number: [4]",
+    '{"notes": "Fine.", "evaluation": {"plot": 4}}': "not a number",
+    '{"notes": "Fine.", "evaluation": NaN}': "not a number: nan",
+    'Fine.", "evaluation": 0}': "outside 1 to 5: 0",
+    'Fine.", "evaluation": 6}': "outside 1 to 5: 6",
+    'So "odd".", "evaluation": 10}': "outside 1 to 5: 10",
+    'So "odd".", "evaluation": 45}': "outside 1 to 5: 45",
+    'Fine.", "evaluation": -4}': "outside 1 to 5: -4",
+    'Fine.", "evaluation": 0.9}': "outside 1 to 5: 0.9",
+    'Fine.", "evaluation": 5.5}': "outside 1 to 5: 5.5",
+    'Fine.", "evaluation": ' + "9" * 6000 + "}": "outside 1 to 5: 99999",
+    "[" * 100_000: "cut off",
+    '{"notes": ' * 100_000: "cut off",
+}
+
+
+@pytest.mark.parametrize("text", SCORED)
+def test_score_is_read(text):
+    assert evaluate.read_answer(text) == (SCORED[text], None)
+
+
+@pytest.mark.parametrize("text", UNSCORED, ids=lambda text: repr(text)[:40])
+def test_answer_without_a_score_is_named_and_never_guessed(text):
+    score, problem = evaluate.read_answer(text)
+    assert score is None
+    assert problem.startswith(UNSCORED[text]) and len(problem) < 40
+
+
+@pytest.mark.parametrize("notes", [
+    "Fine.", 'A "quoted" word.', "Line one.\nLine two.\n\n- a list", 'The evaluation: 3, "evaluation" is the key.',
+    "Braces {like} these}, [1, 2], 5/5.", "It's 10 of 10; \"so,\" he said, \"so\".", "Ends with a quote\"", "tab\tand \\ backslash"])
+@pytest.mark.parametrize("score, is_escaped", [(1, True), (3, False), (5, True), (4, False)])
+def test_every_shape_of_answer_gives_the_same_score(notes, score, is_escaped):
+    inside = json.dumps(notes)[1:-1] if is_escaped else notes
+    for value in (f"{score}", f"{score}.0", f'"{score}"'):
+        for begin in ("", '{"notes": "', '```json\n{"notes": "', 'Sure! {"notes": "'):
+            for end in ("}", "}\n```", "} Note: an evaluation of 2.", "\n}", "", '}\n{"notes": "x", "evaluation": 2}'):
+                assert evaluate.read_answer(f'{begin}{inside}", "evaluation": {value}{end}').score == score
+        for cut in ("", '"', '",', '", "evalu', '", "evaluation"', '", "evaluation":'):
+            assert evaluate.read_answer(inside + cut).score is None
+
+
+@pytest.mark.parametrize("text", [text for text in SCORED if SCORED[text] == int(SCORED[text]) and '{"evaluation": 2}' not in text])
+def test_answer_cut_anywhere_gives_its_score_or_none(text):
+    for end in range(len(text)):
+        assert evaluate.read_answer(text[:end]).score in (None, SCORED[text])
+
+
+@pytest.mark.parametrize("text", ['x", "evaluation": 4' + " " * 20_000 + "x", '"' * 20_000, '", ' * 10_000,
+                                  '"' + "\n" * 20_000 + "x", '"evaluation": ' * 5000])
+def test_degenerate_answers_do_not_hang(text):
+    evaluate.read_answer(text)
+
+
+# ---------------------------------------------------------------- report
+
+
+def answers_of(*scores):
+    return [f'Fine.", "evaluation": {score}}}' if score else "cut" for score in scores]
+
+
+def write_judgements(tmp_path, judgements):
+    path = tmp_path / "judgements.json"
+    path.write_text(json.dumps(judgements))
+    return path
+
+
+def report_of(tmp_path, judgements, is_paired=False):
+    return evaluate.report_of(*evaluate.read_judgements(write_judgements(tmp_path, judgements), is_paired))
+
+
+def test_summary_by_hand(tmp_path):
+    summary = report_of(tmp_path, {"3M": answers_of(4, None, 2, "3.5", 7, 4)})["names"]["3M"]
+    assert (summary["n_answers"], summary["n_scored"]) == (6, 4)
+    assert summary["mean"] == pytest.approx(13.5 / 4)
+    assert summary["low"] < summary["mean"] < summary["high"]
+    assert summary["counts"] == {"1": 0, "2": 1, "3": 0, "3.5": 1, "4": 2, "5": 0}
+    assert summary["unparsed"] == [{"answer": 2, "problem": "cut off before the evaluation"},
+                                   {"answer": 5, "problem": "outside 1 to 5: 7"}]
+    assert summary["worst_low"] == pytest.approx((13.5 + 2 * 1) / 6)
+    assert summary["worst_high"] == pytest.approx((13.5 + 2 * 5) / 6)
+
+
+def test_no_answer_has_a_score(tmp_path):
+    report = report_of(tmp_path, {"a": answers_of(None, None), "b": answers_of(1, 2, 3)})
+    summary, pair = report["names"]["a"], report["pairs"][0]
+    assert (summary["n_scored"], summary["worst_low"], summary["worst_high"]) == (0, 1, 5)
+    assert all(value != value for value in (summary["mean"], summary["low"], pair["difference"], pair["p"], pair["p_holm"]))
+
+
+def test_two_sample_without_headlines_and_paired_with(tmp_path):
+    judgements = {"a": answers_of(5, 4, 3, 5, 4, 3), "b": answers_of(4, 3, 2, 4, 3, 2)}
+    unpaired, = report_of(tmp_path, judgements)["pairs"]
+    assert (unpaired["test"], unpaired["n"], unpaired["difference"]) == ("two-sample", [6, 6], 1.0)
+    paired, = report_of(tmp_path, judgements, is_paired=True)["pairs"]
+    assert (paired["test"], paired["n"], paired["difference"]) == ("paired", [6], 1.0)
+    assert paired["p"] == pytest.approx(2 / 64) and unpaired["p"] > 0.1
+    assert (paired["low"], paired["high"]) == (1, 1)
+
+
+def test_headlines_pair_answers_in_any_order_and_repeats_are_averaged(tmp_path):
+    def judged(**scores):
+        return [{"headline": headline, "text": text} for headline, values in scores.items() for text in answers_of(*values)]
+
+    report = report_of(tmp_path, {"a": judged(cat=[5, 3], dog=[4], owl=[None]), "b": judged(owl=[1], dog=[2], cat=[2])})
+    pair, = report["pairs"]
+    assert (pair["test"], pair["n"]) == ("paired", [2])              # owl has no score from a
+    assert pair["difference"] == ((4 - 2) + (4 - 2)) / 2
+    assert report["names"]["a"]["mean"] == 4 and report["names"]["a"]["n_headlines"] == 2
+
+
+def test_few_shared_headlines_are_no_pairing(tmp_path):
+    def judged(*headlines):
+        return [{"headline": headline, "text": answers_of(3)[0]} for headline in headlines]
+
+    pair, = report_of(tmp_path, {"a": judged("cat", "dog", "owl"), "b": judged("cat", "hen", "cow")})["pairs"]
+    assert (pair["test"], pair["n"]) == ("two-sample", [3, 3])
+
+
+def test_repeated_answers_on_one_headline_do_not_narrow_the_interval(tmp_path):
+    def width(n_repeats):
+        judged = [{"headline": str(headline), "text": answers_of(headline % 5 + 1)[0]}
+                  for headline in range(20) for _ in range(n_repeats)]
+        summary = report_of(tmp_path, {"a": judged})["names"]["a"]
+        return summary["high"] - summary["low"]
+
+    assert width(4) == pytest.approx(width(1), rel=0.05)
+
+
+def test_holm_goes_over_all_pairs(tmp_path):
+    pairs = report_of(tmp_path, {name: answers_of(*[score] * 5, 3) for name, score in zip("abc", (1, 3, 5))})["pairs"]
+    assert [(pair["a"], pair["b"]) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+    smallest = min(pair["p"] for pair in pairs)
+    assert min(pair["p_holm"] for pair in pairs) == pytest.approx(3 * smallest)
+
+
+def test_answers_that_are_not_text(tmp_path):
+    by_name, _ = evaluate.read_judgements(write_judgements(tmp_path, {"a": [{"notes": "x", "evaluation": 4}, None, 5]}), False)
+    assert [judgement.reading for judgement in by_name["a"]] == [(4, None), (None, "empty"), (None, "not text")]
+
+
+def test_report_command(tmp_path):
+    path = write_judgements(tmp_path, {"59M": answers_of(4, 5, 4, 4), "3M": answers_of(2, 3, None, 2)})
+    text = run("report", "--judgements", path, "--plot", tmp_path / "means.png")
+    assert (text.returncode, text.stderr) == (0, "")
+    assert "4.250" in text.stdout and "2.333" in text.stdout and "3M, answer 3: cut off before the evaluation" in text.stdout
+    assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["judgements.json", "means.png"]
+    as_json = run("report", "--judgements", path, "--paired", "--json")
+    report = json.loads(as_json.stdout)
+    assert report["names"]["59M"]["mean"] == 4.25 and report["pairs"][0]["test"] == "paired"
+    assert run("report", "--judgements", path, "--paired", "--json").stdout == as_json.stdout
+
+
+def test_report_of_one_name_with_one_answer(tmp_path):
+    path = write_judgements(tmp_path, {"a": answers_of(4)})
+    report = json.loads(run("report", "--judgements", path, "--json").stdout)
+    assert (report["names"]["a"]["mean"], report["names"]["a"]["low"], report["pairs"]) == (4, None, [])
+    assert evaluate.main(["report", "--judgements", str(path), "--plot", str(tmp_path / "a.svg")]) == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("content, part", [
+    ("{", "not JSON"), ("[1]", "name: [answer"), ("{}", "name: [answer"), ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
+    ('{"a": [{"text": "x"}]}', "a, answer 1"), ('{"a": [{"headline": "h", "text": "x"}, "y"]}', "all or none")])
+def test_wrong_judgements_are_told_in_one_line(tmp_path, capsys, content, part):
+    path = tmp_path / "judgements.json"
+    path.write_text(content)
+    assert evaluate.main(["report", "--judgements", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and str(path) in err and part in err
+
+
+def test_input_errors_of_the_command(tmp_path, capsys):
+    assert_input_error(run("report", "--judgements", tmp_path / "none.json"), "none.json", "no such file")
+    uneven = write_judgements(tmp_path, {"a": answers_of(4), "b": answers_of(4, 5)})
+    assert evaluate.main(["report", "--judgements", str(uneven), "--paired"]) == 2
+    assert "1 for a, 2 for b" in capsys.readouterr().err
+    assert evaluate.main(["report", "--judgements", str(uneven), "--plot", str(tmp_path / "plot.xyz")]) == 2
+    assert "xyz" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["judgements.json"]
+    for argv in ([], ["report"], ["quality"], ["report", "--nonsense"]):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(argv)
+        assert stop.value.code == 2
+
+
+def test_help_and_imports_need_no_torch(capsys):
+    for command in ("report", "quality"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([command, "--help"])
+        assert stop.value.code == 0 and "--json" in capsys.readouterr().out
+    code = "import sys, evaluate; assert not {'torch', 'matplotlib', 'requests', 'sentencepiece'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+# ---------------------------------------------------------------- quality
+
+
+def sample(story, headline="cat sleeps in the tree", is_finished=True):
+    return quality.Sample(bulletins.Bulletin(headline, story), is_finished)
+
+
+def measured(*samples, training=()):
+    training = [words.split() for words in training]
+    runs, nearest = quality.copied_runs([quality.words_of(s.bulletin.story) for s in samples], training)
+    return {name: sum(totals) / sum(counts) if sum(counts) else None
+            for name, (totals, counts) in quality.per_bulletin(list(samples), runs, nearest).items()}
+
+
+def test_copied_runs_by_hand():
+    runs, nearest = quality.copied_runs(["a b c d e x".split(), "p q".split()], ["z a b c d".split(), "c d e".split()])
+    assert runs == [[4, 3, 3, 0, 0, 0], [0, 0]]
+    # 3-grams of the story: abc bcd cde dex; of the first training story: zab abc bcd. 2 shared of 5.
+    assert nearest == [2 / 5, 0]
+
+
+def test_novelty_by_hand():
+    values = measured(sample("a b c d e x."), training=["z a b c d", "c d e"])
+    assert values["unseen_4_grams"] == 2 / 3                     # abcd is seen; bcde, cdex are not
+    assert values["unseen_5_grams"] == 1.0
+    assert values["unseen_7_grams"] is None                      # no such long story
+    assert (values["longest_copied_run"], values["nearest_training_story"]) == (4, 2 / 5)
+    copy = measured(sample("A b c, d e f g h i j k."), training=["a b c d e f g h i j k"])
+    assert (copy["unseen_10_grams"], copy["longest_copied_run"], copy["near_duplicates_of_training"]) == (0, 11, 1)
+
+
+def test_runs_agree_with_a_plain_search():
+    examples = [story.split() for story in ("the cat sat on the mat and the cat ran", "the cat ran on the mat the cat sat on")]
+    training = ["on the mat and the cat sat on the mat".split(), "the cat ran on the cat ran on the mat".split()]
+    runs, _ = quality.copied_runs(examples, training)
+    for words, found in zip(examples, runs):
+        for start, n in enumerate(found):
+            def is_seen(length):
+                return any(f" {' '.join(words[start:start + length])} " in f" {' '.join(other)} " for other in training)
+            longest = max((length for length in range(3, len(words) - start + 1) if is_seen(length)), default=0)
+            assert n == longest
+
+
+def test_headline_ending_and_repetition():
+    values = measured(sample("the cats sleep. no tree was seen."), sample("a dog runs", "sun over the hills"))
+    assert values["headline_words_in_story"] == 2 / 5            # sleep and tree of cat, sleep, tree, and of sun, hills none
+    assert values["ends_properly"] == 1 / 2
+    assert measured(sample("it ends.", is_finished=False))["ends_properly"] == 0
+    assert measured(sample("a big and big dog. the end and end it was."))["repeats_itself"] == 0
+    assert measured(sample("the the dog ran."))["repeats_itself"] == 1
+
+
+def test_empty_story_counts_as_a_story_without_words():
+    values = measured(sample(""), sample("one two three."))
+    assert values["words_per_story"] == 1.5 and values["ends_properly"] == 1 / 2
+    assert measured(sample(""))["reading_grade"] is None
+
+
+def test_reading_grade_by_hand():
+    # 6 words in 2 sentences, 7 syllables: 0.39 * 3 + 11.8 * 7 / 6 - 15.59
+    assert quality.reading_grade("The cat sat. It was happy.") == pytest.approx(0.39 * 3 + 11.8 * 7 / 6 - 15.59)
+    assert quality.reading_grade("Investigators determined the circumstances of the unfortunate accident.") > 12
+
+
+@pytest.mark.parametrize("word, n", [("cat", 1), ("table", 2), ("smile", 1), ("walked", 1), ("wanted", 2), ("makes", 1), ("boxes", 2),
+                                     ("happy", 2), ("the", 1), ("banana", 3), ("5", 1), ("three", 1), ("whole", 1), ("agree", 2)])
+def test_syllables(word, n):
+    assert quality.n_syllables(word) == n
+
+
+def test_diversity_is_taken_at_equal_size():
+    once = [sample("one two three four five six.")]
+    again = [sample("one two three four five six.")] * 40
+    at_equal_size = [quality.pooled(samples, 6, 28) for samples in (once, again)]
+    assert at_equal_size[0] == at_equal_size[1] and at_equal_size[0]["distinct_2_grams"] == 1
+    everything = quality.pooled(again, 10_000, 10_000)
+    assert everything["distinct_1_grams"] == 6 / 240 and everything["distinct_2_grams"] == 5 / 200
+    assert everything["compression_ratio"] > 5
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A small corpus in files as they are published: a plain validation file, training shards."""
+    examples = json.loads((REPOSITORY / "few_shot_examples.json").read_text(encoding="utf-8"))
+    lines = [bulletins.line_of(b) for text in list(examples.values())[:300] for b in bulletins.parse(text)]
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "validation.txt").write_text("\n".join(lines[:60]) + "\n")
+    for shard, start in enumerate((60, 160)):
+        with lzma.open(folder / f"train-{shard:03}.txt.xz", "wt") as file:
+            file.write("\n".join(lines[start:start + 100]) + "\n")
+    with open(folder / "samples.jsonl", "w") as file:           # every second one a copy from training, one in three cut
+        for place, line in enumerate(lines[100:130] + lines[260:290]):
+            bulletin = bulletins.bulletin_of(line)
+            file.write(json.dumps({"headline": bulletin.headline, "finished": place % 3 > 0,
+                                   "story": bulletin.story if place % 3 else bulletin.story[:90]}) + "\n")
+    return folder
+
+
+def test_quality_command_sees_copies_and_cuts(corpus):
+    result = run("quality", "--samples", corpus / "samples.jsonl", "--data", corpus, "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    report = json.loads(result.stdout)
+    assert (report["n_samples"], report["n_held_out"], report["n_training"]) == (60, 60, 200)
+    measures = report["measures"]
+    assert measures["ends_properly"]["samples"]["value"] == pytest.approx(2 / 3)
+    assert measures["ends_properly"]["held_out"]["value"] == 1
+    assert measures["unseen_8_grams"]["samples"]["value"] == pytest.approx(0.5, abs=0.1)
+    assert measures["unseen_8_grams"]["held_out"]["value"] > 0.95
+    assert measures["near_duplicates_of_training"]["held_out"]["value"] == 0
+    assert measures["words_per_story"]["samples"]["high"] < measures["words_per_story"]["held_out"]["low"]
+    assert measures["compression_ratio"]["samples"]["low"] is None
+
+
+def test_held_out_bulletins_as_samples_measure_the_same_on_both_sides(corpus):
+    result = run("quality", "--samples", corpus / "validation.txt", "--data", corpus, "--json")
+    for sets in json.loads(result.stdout)["measures"].values():
+        assert sets["samples"] == sets["held_out"]
+    text = run("quality", "--samples", corpus / "train-000.txt.xz", "--data", corpus, "--max-bulletins", "20")
+    assert text.stdout.startswith("20 samples, 20 held-out and 200 training bulletins")
+    assert "longest_copied_run" in text.stdout
+
+
+@pytest.mark.parametrize("content, part", [
+    ("", "no bulletins"), ("no separator\n", ":1: expected one"), ('{"headline": "a"}\n', ":1: expected headline"),
+    ("\n{broken\n", ":2: not JSON"), ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"), (b"\xff\xfe\n", "not a text file")])
+def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys, content, part):
+    path = tmp_path / "samples.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert evaluate.main(["quality", "--samples", str(path), "--data", str(corpus)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and str(path) in err and part in err
+
+
+def test_missing_files_of_quality(corpus, tmp_path):
+    assert_input_error(run("quality", "--samples", tmp_path / "none.jsonl", "--data", corpus), "none.jsonl")
+    assert evaluate.main(["quality", "--samples", str(corpus / "samples.jsonl"), "--data", str(tmp_path)]) == 2
