@@ -163,11 +163,12 @@ class Client:
         while not self.is_stopping and self.n_in_flight < int(self.limit) and time.monotonic() >= self._pause_until:
             if self._waiting and self._waiting[0][0] <= time.monotonic():
                 attempt = heapq.heappop(self._waiting)[2]
-            else:
-                job = next(jobs, None)
-                if job is None:
-                    return bool(self._waiting)
+            elif self.n_in_flight + len(self._waiting) >= int(self.limit):
+                return True                                # those that wait keep their places: no storm while all fails
+            elif (job := next(jobs, None)) is not None:
                 attempt = Attempt(job)
+            else:
+                return bool(self._waiting)
             body = body_of(attempt.job, self.prefill)
             attempt.worst_usd, attempt.is_prefilled = self.worst_cost(body), self.prefill
             if self.max_cost is not None and self.committed_usd + attempt.worst_usd > self.max_cost + 1e-9:
