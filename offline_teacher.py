@@ -29,7 +29,7 @@ from bulletins import Acceptance
 from smollm2 import Decoder, load_smollm2
 
 N_HELD_OUT = 55               # examples kept out of fine-tuning, to measure it
-N_SCORED = 48                 # tokens of a bulletin that the critic reads: nonsense shows in the headline and first sentence
+N_SCORED = 24                 # tokens of a bulletin that the critic reads: nonsense shows in the headline and first sentence
 BULLETIN_CHARACTERS = re.compile(r"[A-Za-z0-9 .,'\-%:\"!$?\n]+")
 
 
@@ -237,10 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     write.add_argument("--teacher", type=Path, default=Path("teacher"), help="default: %(default)s")
     write.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
     write.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
-    write.add_argument("--batch-size", type=int, default=192, help="seed words at once (default: %(default)s)")
+    write.add_argument("--batch-size", type=int, default=320, help="seed words at once (default: %(default)s)")
     write.add_argument("--max-new-tokens", type=int, default=150, help="default: %(default)s")
-    write.add_argument("--temperature", type=float, default=0.75, help="default: %(default)s")
-    write.add_argument("--min-p", type=float, default=0.05, help="default: %(default)s")
+    write.add_argument("--temperature", type=float, default=0.5, help="default: %(default)s")
+    write.add_argument("--min-p", type=float, default=0.1, help="default: %(default)s")
     write.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     return cli.run(lambda: args.command(args))

@@ -37,6 +37,12 @@ def load_smollm2(weights: Path | None = None):
     return tokenizer, model.eval()
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """F.rms_norm, in three passes over the data where 2.13 makes nine on a CPU: a tenth of the time of a step."""
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return x * (mean_square + eps).rsqrt() * weight
+
+
 class Matrix:
     """A linear layer that decodes in int8 (a scale per row, inputs quantised per tensor) and reads prompts in float32.
 
@@ -104,7 +110,7 @@ class Decoder:
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         x = self.embedding[ids]                                                     # (B, T, C)
         for i, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
-            heads = qkv(F.rms_norm(x, norm1.shape, norm1, self.eps)).view(n_rows, n_tokens, -1, self.head_size)
+            heads = qkv(rms_norm(x, norm1, self.eps)).view(n_rows, n_tokens, -1, self.head_size)
             qk = heads[:, :, :n_qk]
             first, second = qk.chunk(2, -1)
             qk = qk * cos + torch.cat([-second, first], -1) * sin
@@ -120,9 +126,9 @@ class Decoder:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, per_group, 1))
             y = y.view(n_rows, self.n_groups, per_group, n_tokens, self.head_size)
             x = x + out(y.permute(0, 3, 1, 2, 4).reshape(n_rows, n_tokens, -1))
-            gate, up = gate_up(F.rms_norm(x, norm2.shape, norm2, self.eps)).chunk(2, -1)
+            gate, up = gate_up(rms_norm(x, norm2, self.eps)).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, down)
-        return F.rms_norm(x, self.norm.shape, self.norm, self.eps)
+        return rms_norm(x, self.norm, self.eps)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, min_p: float, stop_id: int,
