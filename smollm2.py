@@ -108,6 +108,8 @@ class Decoder:
         n_qk = self.n_heads + self.n_groups
         per_group = self.n_heads // self.n_groups
         cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
+        # Added to the scores once a call: a boolean mask would be turned into this anew in every layer.
+        bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).repeat(1, 1, per_group, 1)
         x = self.embedding[ids]                                                     # (B, T, C)
         for i, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             heads = qkv(rms_norm(x, norm1, self.eps)).view(n_rows, n_tokens, -1, self.head_size)
@@ -123,7 +125,7 @@ class Decoder:
             # The queries of a group read the same keys: they stand one behind the other in time, nothing is copied.
             q = q.view(n_rows, n_tokens, self.n_groups, per_group, self.head_size)
             q = q.permute(0, 2, 3, 1, 4).reshape(n_rows, self.n_groups, per_group * n_tokens, self.head_size)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, per_group, 1))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
             y = y.view(n_rows, self.n_groups, per_group, n_tokens, self.head_size)
             x = x + out(y.permute(0, 3, 1, 2, 4).reshape(n_rows, n_tokens, -1))
             gate, up = gate_up(rms_norm(x, norm2, self.eps)).chunk(2, -1)
