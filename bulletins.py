@@ -14,10 +14,12 @@ import lzma
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +28,7 @@ import answers
 import cli
 
 SEPARATOR = "</h>"
-MIN_SCORE = -3.0              # lowest mean log-probability a token, in nats, where the answer carries a score
+MIN_SCORE = -4.4              # lowest mean log-probability a token, in nats, where the answer carries a score
 TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams from which two bulletins are near-duplicates
 VALIDATION_SHARE = 20         # one bulletin in so many goes to validation ...
 MAX_VALIDATION = 1000         # ... until there are this many: enough to measure a loss to 0.01
@@ -53,10 +55,18 @@ class Verdict(NamedTuple):
 
 # ---------------------------------------------------------------- parsing: lenient
 
-OPENING = re.compile(r"<\s*h\s*1\b[^>]*>", re.IGNORECASE)
-HEADLINE = re.compile(r"\s*(?P<headline>.*?)\s*(?:<\s*/?\s*h?\s*1?\s*>|(?=<\s*p\b)|\n)(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
-PARAGRAPH = re.compile(r"<\s*p\b[^>]*>(.*?)(?=<\s*/?\s*p\b|<\s*/|\n\s*\n|\Z)", re.IGNORECASE | re.DOTALL)
-STRAY_TAG = re.compile(r"</?\s*(?:h\s*1|1|p|b|i|em|strong|br|html|body|div)\b\s*/?>", re.IGNORECASE)
+OPENING = re.compile(r"<\s*h\s*[1-6]\b[^<>]*>", re.IGNORECASE)
+UNOPENED = re.compile(r"(\A|<\s*/\s*p\s*>)\s*([^<>\n]+<\s*/\s*h?\s*[1-6]\s*>)", re.IGNORECASE)
+UNSLASHED = re.compile(r"(<\s*h\s*1\s*>[^<>]+)<\s*h\s*1\s*>(?=\s*<\s*p\b)", re.IGNORECASE)
+HEADLINE = re.compile(r"\s*(?P<headline>.*?)\s*(?:<\s*/?\s*h?\s*[1-6]?\s*>|(?=<\s*p\b)|\n)(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
+STORY = re.compile(r"""
+    (?: (?: (?! <\s*/ ) . )*? <\s*p\b[^<>]*> )?         # what stands before the first <p>, where there is one
+    (?P<story> .*? )
+    (?: <\s*/\s*p\b[^<>]*(?:>|\Z) (?! \s*<\s*p\b )      # ends at a </p> that no <p> follows,
+      | <\s*/ (?! \s*(?:p|b|i|em|strong)\b )            # at any other closing tag that is not about type,
+      | \n\n (?! \s*<\s*p\b | [^<>\n]+<\s*/\s*p\b )     # at an empty line with no more of the story after it
+      | \Z )""", re.IGNORECASE | re.DOTALL | re.VERBOSE)
+STRAY_TAG = re.compile(r"</?\s*(?:h\s*[1-6]|1|p|b|i|em|strong|br|html|body|div)\b\s*/?>", re.IGNORECASE)
 ASCII_PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2032": "'",
                                    "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\u2014": " - "})
 
@@ -65,19 +75,21 @@ def parse(text: str) -> list[Bulletin]:
     """Return the bulletins of an answer, as they stand in it, however badly its tags are closed.
 
     An answer is a row of `<h1>headline</h1><p>story</p>`; what is seen of it in the wild: unclosed tags, `</1>`,
-    several paragraphs, tags in capitals, no `<p>`, notes before the first and after the last bulletin.
+    several paragraphs, tags in capitals, no `<p>`, notes before the first and after the last bulletin, a start inside
+    a headline. A story ends where something else begins, so that no note and no other story is taken into it.
     A headline without a story is kept, so that the rules can count it.
 
     >>> parse("Sure! <h1>Cat found</1> <p>It sat. It purred.</p> Note: two sentences.")
     [Bulletin(headline='Cat found', story='It sat. It purred.')]
     """
+    text = re.sub(r"\n{2,}", "\n\n", re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", text)))   # no long runs: linear time
+    text = UNSLASHED.sub(r"\1</h1>", UNOPENED.sub(r"\1<h1>\2", text))
     bulletins = []
     for part in OPENING.split(text)[1:]:
         match = HEADLINE.match(part)
         headline, rest = (match["headline"], match["rest"]) if match else (part, "")
-        paragraphs = PARAGRAPH.findall(rest) or [re.split(r"\n\s*\n", rest.strip(), maxsplit=1)[0]]
-        bulletins.append(Bulletin(tidy(headline), tidy(" ".join(paragraphs))))
-    return bulletins
+        bulletins.append(Bulletin(tidy(headline), tidy(STORY.match(rest.strip())["story"])))
+    return [bulletin for bulletin in bulletins if any(bulletin)]
 
 
 def tidy(text: str) -> str:
@@ -131,7 +143,7 @@ def judge_answer(answer: dict) -> list[Verdict]:
     verdicts = []
     for bulletin in parse(answer["text"]):
         rule = broken_rule(bulletin)
-        if rule is None and answer.get("score", 0.0) < MIN_SCORE:
+        if rule is None and (answer.get("score") or 0.0) < MIN_SCORE:
             rule = "low_score"
         verdicts.append(Verdict(bulletin, rule, answer["key"]))
     return verdicts
@@ -212,7 +224,7 @@ def line_of(bulletin: Bulletin) -> str:
 def bulletin_of(line: str) -> Bulletin:
     """Return the bulletin of a corpus line; raise ValueError if it holds no separator or more than one."""
     parts = line.strip().split(f" {SEPARATOR} ")
-    if len(parts) != 2:
+    if len(parts) != 2 or line.count(SEPARATOR) != 1:
         raise ValueError(f"expected one \" {SEPARATOR} \" between headline and story")
     return Bulletin(*parts)
 
@@ -234,14 +246,33 @@ def clean(raw: Iterable[dict], n_jobs: int = 1) -> Iterator[Verdict]:
     The first of two twins stands. Judging is spread over processes; what depends on order is done here.
     """
     acceptance, twins = Acceptance(), TwinFinder()
-    with multiprocessing.Pool(n_jobs) as pool:
-        judged = pool.imap(judge_and_sketch, raw, chunksize=256) if n_jobs > 1 else map(judge_and_sketch, raw)
+    with start_workers(n_jobs) if n_jobs > 1 else nullcontext() as pool:
+        judged = pool.imap(judge_and_sketch, raw, chunksize=256) if pool else map(judge_and_sketch, raw)
         for pairs in judged:
             for verdict, sketch in pairs:
                 verdict = acceptance.unless_repeated(verdict)
                 if verdict.rule is None and twins.is_twin(sketch):
                     verdict = verdict._replace(rule="near_duplicate")
                 yield verdict
+
+
+def start_workers(n_jobs: int):
+    """Return a pool of processes that end when the pool tells them to (SIGTERM), and leave Ctrl-C to this one.
+
+    Forked while cli.run has both raise KeyboardInterrupt, a worker could print it, or swallow it and never end; so the
+    signals wait until the worker has put that right.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        return multiprocessing.Pool(n_jobs, initializer=restore_signals)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def restore_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
 
 
 def fingerprint(raw: Path) -> str:
@@ -357,6 +388,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> None:
+        if args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, not {args.jobs}")
+        if args.shards is not None and args.shards < 1:
+            raise ValueError(f"--shards must be at least 1, not {args.shards}")
         report = write_corpus(args.raw, args.out, args.jobs)
         print(json.dumps({name: value for name, value in report.items() if name != "fingerprint"}, indent=1))
         for path in write_shards(args.out, args.shards) if args.shards else []:

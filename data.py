@@ -4,10 +4,11 @@ A corpus is a folder with train.txt and validation.txt (or .txt.xz, in one file 
 tokens are kept in .tokens/ beside it, under a name made of the hashes of the text and of the tokenizer.
 """
 import hashlib
+import io
 import json
+import lzma
 import os
 from collections.abc import Iterator
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bulletins import SEPARATOR, Bulletin, corpus_files, open_text
+from bulletins import SEPARATOR, Bulletin, corpus_files, open_text, start_workers
 
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
@@ -31,13 +32,17 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> sentencepiece.S
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such tokenizer")
+    proto = path.read_bytes()
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError:
-        raise ValueError(f"{path}: not a sentencepiece model") from None
+        tokenizer = None
+    if not proto or tokenizer is None:                    # of an empty file sentencepiece makes a tokenizer that fails later
+        raise ValueError(f"{path}: not a sentencepiece model")
     for i, piece in enumerate(("<unk>", "<s>", "</s>", SEPARATOR)):
-        if tokenizer.id_to_piece(i) != piece:
-            raise ValueError(f"{path}: piece {i} is {tokenizer.id_to_piece(i)!r}, expected {piece!r}; "
+        found = tokenizer.id_to_piece(i) if i < len(tokenizer) else None
+        if found != piece:
+            raise ValueError(f"{path}: piece {i} is {found!r}, expected {piece!r}; "
                              "was it made by train_tokenizer.ipynb?")
     if vocab_size is not None and len(tokenizer) != vocab_size:
         raise ValueError(f"{path}: holds {len(tokenizer):,} pieces, but the config's model.vocab_size is {vocab_size:,}")
@@ -47,24 +52,30 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> sentencepiece.S
 def train_tokenizer(text: Path, vocab_size: int, prefix: Path) -> None:
     """Train a BPE tokenizer of exactly vocab_size pieces on the lines of a text; write prefix.model and prefix.vocab.
 
-    The same text gives the same bytes. sentencepiece's defaults are decided here on purpose: the text is clean ASCII,
-    so normalisation is the identity and every character is covered; no byte pieces, since an alphabet that is known
-    needs no fallback; digits and the marks of prices and quotations stand alone, as in the published tokenizers.
-    Raises ValueError if the text cannot fill the vocabulary.
+    The same lines give the same bytes, wherever they stand. sentencepiece's defaults are decided here on purpose: the
+    text is clean ASCII, so normalisation is the identity and every character is covered; no byte pieces, since an
+    alphabet that is known needs no fallback; digits and the marks of prices and quotations stand alone, as in the
+    published tokenizers.
+    Raises FileNotFoundError, or ValueError if the text is not UTF-8, holds nothing or cannot fill the vocabulary.
     """
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    partial = prefix.with_name(prefix.name + ".partial")
+    if not any([True for _ in lines_of([text])]):         # all of it is read: an error is ours, not sentencepiece's
+        raise ValueError(f"{text}: holds no text")
+    proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            input=str(text), model_prefix=str(partial), model_type="bpe", vocab_size=vocab_size,
+            sentence_iterator=lines_of([text]), model_writer=proto, model_type="bpe", vocab_size=vocab_size,
             user_defined_symbols=USER_SYMBOLS, character_coverage=1.0, normalization_rule_name="identity",
             byte_fallback=False, input_sentence_size=2_000_000, shuffle_input_sentence=True, max_sentence_length=8192,
             num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        raise ValueError(f"{text}: cannot fill a vocabulary of {vocab_size:,} pieces; use a smaller one or more text "
-                         f"({error})") from None
-    for kind in ("model", "vocab"):
-        os.replace(f"{partial}.{kind}", f"{prefix}.{kind}")
+        raise ValueError(f"{text}: cannot make a vocabulary of {vocab_size:,} pieces ({error})") from None
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
+    pieces = "".join(f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i):g}\n" for i in range(len(tokenizer)))
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for kind, content in (("vocab", pieces.encode()), ("model", proto.getvalue())):
+        partial = prefix.with_name(f"{prefix.name}.{kind}.partial")
+        partial.write_bytes(content)
+        os.replace(partial, f"{prefix}.{kind}")
 
 
 def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | None, context_length: int) -> list[int]:
@@ -128,7 +139,7 @@ def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
     proto, lines = task
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
-    well_formed = [line.count(f" {SEPARATOR} ") == 1 for line in lines]
+    well_formed = [line.count(SEPARATOR) == line.count(f" {SEPARATOR} ") == 1 for line in lines]
     return [([bos, *ids, eos] if ok else [], len(line.encode()))
             for line, ids, ok in zip(lines, tokenizer.encode(lines), well_formed)]
 
@@ -136,7 +147,7 @@ def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
 def lines_of(paths: list[Path]) -> Iterator[str]:
     """Yield the lines of text files, without their ends, passing over empty ones.
 
-    Raises ValueError naming the file that is not UTF-8.
+    Raises FileNotFoundError, or ValueError naming the file that is not UTF-8 or not xz.
     """
     for path in paths:
         try:
@@ -144,6 +155,8 @@ def lines_of(paths: list[Path]) -> Iterator[str]:
                 yield from (line.strip() for line in file if line.strip())
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path}: not a whole xz file ({error})") from None
 
 
 def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]]]:
@@ -180,7 +193,7 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
     lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0}
     partial = stem.with_suffix(f".{os.getpid()}.partial")
     try:
-        with partial.open("wb") as out, Pool() as pool:
+        with partial.open("wb") as out, start_workers(os.cpu_count()) as pool:
             bar = tqdm(desc=f"encoding {paths[0].parent.name}/{paths[0].name}", unit="bulletin", disable=None)
             for encoded in pool.imap(encode_lines, tasks_of(paths, proto)):
                 for ids, n_bytes in encoded:
@@ -201,7 +214,9 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
         os.replace(partial, stem.with_suffix(".ids"))
     finally:
         partial.unlink(missing_ok=True)
-    np.save(stem.with_suffix(".npy"), np.concatenate([[0], np.cumsum(lengths)]))
+    with partial.open("wb") as out:
+        np.save(out, np.concatenate([[0], np.cumsum(lengths)]))
+    os.replace(partial, stem.with_suffix(".npy"))
     partial.write_text(json.dumps(facts), encoding="utf-8")
     os.replace(partial, stem.with_suffix(".json"))
 
