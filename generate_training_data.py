@@ -36,7 +36,7 @@ HOPELESS = 20                 # so many requests without one accepted bulletin: 
 EXPECTED_ACCEPTED, EXPECTED_LATENCY_S, CHARACTERS_PER_TOKEN, CHARACTERS_PER_BULLETIN = 8.0, 10.0, 4.2, 480
 
 
-# ---------------------------------------------------------------- how many are asked
+# ---------------------------------------------------------------- what is asked, and how much of it
 
 
 def all_requests(vocabulary: list[list[str]], seed: int) -> Iterator[Request]:
@@ -52,6 +52,25 @@ def index_of(key: str, n_per_epoch: int) -> int | None:
     if not (epoch.isdecimal() and batch.isdecimal() and int(batch) < n_per_epoch):
         return None
     return int(epoch) * n_per_epoch + int(batch)
+
+
+class Asking:
+    """What the requests of a run are made of: its words, its examples, and the options they all share."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.vocabulary = answers.read_vocabulary(args.vocabulary)
+        self.examples = answers.read_examples(args.examples)
+        self._seed = args.seed
+        self.options = {"max_tokens": MAX_TOKENS, "temperature": args.temperature}
+
+    def shown(self, request: Request) -> list[str]:
+        return choose_examples(request, self.examples, self._seed)
+
+    def body_of(self, request: Request, prefill: bool) -> dict:
+        return {**self.options, "messages": messages_of(request, self.shown(request), self.examples, prefill)}
+
+    def record_of(self, request: Request, answer: chat.Answer) -> dict:
+        return record_of(request, self.shown(request), self.examples, answer)
 
 
 def size_of_next_round(n_asked: int, accepted: int, wanted: int) -> int:
@@ -132,7 +151,8 @@ def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
                     n_requests * N_WORDS * CHARACTERS_PER_BULLETIN / CHARACTERS_PER_TOKEN)
 
 
-def describe(expected: Forecast, model: servers.Model, client: chat.Client, accepted: int, wanted: int) -> str:
+def describe(expected: Forecast, model: servers.Model, client: chat.Client, tally: Tally, wanted: int,
+             key_left_usd: float | None) -> str:
     """Return the lines that a user reads before the first request is paid for."""
     price, cost = "no price known", "cost unknown"
     if client.prices is not None:
@@ -140,12 +160,14 @@ def describe(expected: Forecast, model: servers.Model, client: chat.Client, acce
         cost = f"${expected.cost_usd(client.prices):.4f}"
     minutes = max(1, math.ceil(expected.n_requests * EXPECTED_LATENCY_S / client.concurrency / 60))
     lines = [f"model     {model.id} ({price})",
-             f"so far    {accepted:,} of {wanted:,} bulletins accepted, ${client.spent_usd:.4f} spent",
+             f"so far    {tally.acceptance.accepted:,} of {wanted:,} bulletins accepted, ${client.spent_usd:.4f} spent",
              f"forecast  {expected.n_requests:,} requests, {expected.prompt_tokens:,.0f} tokens in, "
              f"{expected.completion_tokens:,.0f} out, {cost}, about {minutes} min",
              f"          (at {client.concurrency} in flight and {EXPECTED_LATENCY_S:g} s an answer)"]
     if client.max_cost is not None:
         lines.append(f"budget    ${client.max_cost:g}, of which ${max(0.0, client.max_cost - client.spent_usd):.4f} is left")
+    if key_left_usd is not None:
+        lines.append(f"key       may still spend ${key_left_usd:.4f}")
     if model.expires is not None:
         lines.append(f"note      the server withdraws this model on {model.expires}")
     return "\n".join(lines)
@@ -181,7 +203,8 @@ def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
     """Return the table at the end: what this run did, and what the whole folder holds and has cost."""
     accepted, spent = tally.acceptance.accepted, client.spent_usd
     rows = [("this run", ""),
-            ("  answers", f"{client.n_answers:,} in {elapsed_s:.1f} s, {client.n_answers / max(elapsed_s, 1e-3):.1f} a second"),
+            ("  answers", f"{client.n_answers:,} in {elapsed_s:.1f} s, "
+                          f"{client.n_answers / max(elapsed_s, 1e-3):.1f} a second"),
             ("  tokens", f"{client.prompt_tokens:,} in, {client.completion_tokens:,} out"),
             *((f"  failed: {cause}", f"{n:,}") for cause, n in client.failures.most_common()),
             ("all runs", ""),
@@ -190,8 +213,9 @@ def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
             ("  accepted", f"{accepted:,}"),
             *((f"  rejected: {rule}", f"{n:,}") for rule, n in tally.acceptance.rejected.most_common()),
             ("  dollars", f"{spent:.4f}"),
+            ("  of them on answers that never came, at worst", f"{max(0.0, spent - tally.cost_usd):.4f}"),
             ("  dollars per 1,000 accepted", f"{spent / accepted * 1000:.4f}" if accepted else "-")]
-    return "\n".join(f"{name:<32}{value}".rstrip() for name, value in rows)
+    return "\n".join(f"{name:<48}{value}".rstrip() for name, value in rows)
 
 
 # ---------------------------------------------------------------- the run
@@ -233,14 +257,20 @@ def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Itera
     client.on_lost = lambda usd, cause: answers.note_lost(path, usd, cause)
     if at_risk:
         answers.note_lost(path, at_risk, "in flight, if this run is killed")
+    has_ended = False
     try:
         yield
-    finally:
-        if at_risk and client.n_in_flight == 0:
+        has_ended = True
+    except (ValueError, chat.Stopped):
+        has_ended = True
+        raise
+    finally:                                   # after anything else, such as a full disk, an answer may be lost
+        if at_risk and has_ended and client.n_in_flight == 0:
             answers.note_lost(path, -at_risk, "all arrived")
 
 
-def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: "Asking", tally: Tally, file: answers.AnswerFile) -> None:
+def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: Asking, tally: Tally,
+                   file: answers.AnswerFile) -> None:
     """Ask round after round until enough bulletins stand, or the client is stopped."""
     requests, n_asked = all_requests(ask.vocabulary, args.seed), 0
     progress = Progress(client, tally, args.bulletins)
@@ -261,25 +291,6 @@ def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: "Asking",
         progress.close()
 
 
-class Asking:
-    """What the requests of a run are made of: its words, its examples, and the options they all share."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.vocabulary = answers.read_vocabulary(args.vocabulary)
-        self.examples = answers.read_examples(args.examples)
-        self._seed = args.seed
-        self.options = {"max_tokens": MAX_TOKENS, "temperature": args.temperature}
-
-    def shown(self, request: Request) -> list[str]:
-        return choose_examples(request, self.examples, self._seed)
-
-    def body_of(self, request: Request, prefill: bool) -> dict:
-        return {**self.options, "messages": messages_of(request, self.shown(request), self.examples, prefill)}
-
-    def record_of(self, request: Request, answer: chat.Answer) -> dict:
-        return record_of(request, self.shown(request), self.examples, answer)
-
-
 def generate(args: argparse.Namespace) -> None:
     ask = Asking(args)
     sample = ask.body_of(next(all_requests(ask.vocabulary, args.seed)), prefill=True)
@@ -295,7 +306,7 @@ def generate(args: argparse.Namespace) -> None:
         client.spent_usd = tally.cost_usd + answers.read_lost(args.out / "lost.log")
         expected = forecast(tally, args.bulletins, sample["messages"])
         servers.check_room(model, expected.prompt_tokens / max(expected.n_requests, 1) + MAX_TOKENS)
-        print(describe(expected, model, client, tally.acceptance.accepted, args.bulletins),
+        print(describe(expected, model, client, tally, args.bulletins, servers.key_left_usd(client, model)),
               file=sys.stdout if args.dry_run else sys.stderr)
 
     if args.dry_run:
@@ -306,7 +317,8 @@ def generate(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with client, answers.AnswerFile(args.out / "generated.jsonl", on_earlier=tally.add) as file:
         say_forecast()
-        with lost_costs_noted(client, args.out / "lost.log", 1.25 * client.worst_cost(sample)), gentle_stop(client) as signals:
+        worst_usd = 1.25 * client.worst_cost(sample)       # examples differ in length
+        with lost_costs_noted(client, args.out / "lost.log", worst_usd), gentle_stop(client) as signals:
             try:
                 ask_until_done(args, client, ask, tally, file)
             finally:

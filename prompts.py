@@ -39,7 +39,8 @@ class Request(NamedTuple):
 def choose_examples(request: Request, examples: dict[str, str], seed: int) -> list[str]:
     """Return the seed words of the examples that a request shows, always the same ones for the same key."""
     rng = random.Random(f"{seed}/{request.key}/examples")
-    return rng.sample([word for word in examples if word not in request.seed_words], N_EXAMPLES)
+    drawn = rng.sample(list(examples), min(len(examples), N_EXAMPLES + N_WORDS))       # enough, whatever is left out
+    return [word for word in drawn if word not in request.seed_words][:N_EXAMPLES]
 
 
 def messages_of(request: Request, shown: list[str], examples: dict[str, str], prefill: bool) -> list[dict]:

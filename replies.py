@@ -59,7 +59,7 @@ def read_choice(body: dict) -> Reply:
     choice = as_dict(choices[0]) if isinstance(choices, list) and choices else {}
     if not choice:
         return Reply(FAILED, "no choices", 200, body=body)
-    if choice.get("finish_reason") == "error":
+    if choice.get("finish_reason") == "error" or choice.get("error"):
         return Reply(FAILED, "finish_reason error", 200, body=body, may_cost=False)
     text = as_dict(choice.get("message")).get("content")
     if not isinstance(text, str) or not text.strip():

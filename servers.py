@@ -107,6 +107,18 @@ def find_key(base_url: str, dotenv: Path = Path(".env")) -> str:
     return ""
 
 
+def key_left_usd(client: chat.Client, model: Model) -> float | None:
+    """Return what OpenRouter lets the key still spend, None if that is unlimited or unknown; raise Refused for a bad key."""
+    if not client.key or not model.speaks_openrouter:
+        return None
+    try:
+        page = client.get("/key")
+    except chat.Stopped:
+        return None                            # good to know, but the run can do without
+    left = page["data"].get("limit_remaining") if isinstance(page, dict) and isinstance(page.get("data"), dict) else None
+    return float(left) if chat.is_amount(left) else None
+
+
 def is_openrouter(base_url: str) -> bool:
     host = urlsplit(base_url).hostname or ""
     return host == "openrouter.ai" or host.endswith(".openrouter.ai")

@@ -1,6 +1,6 @@
 """Measure how fast the parts of TinyNews are on this machine.
 
-Run:     python dev/benchmark.py generate        # 90 s on 2 CPU cores
+Run:     python dev/benchmark.py generate        # 2 min on 2 CPU cores
 """
 import argparse
 import contextlib
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("generate", help="requests a second of generate_training_data.py")
     one.set_defaults(command=generate)
-    one.add_argument("--bulletins", type=int, default=90_000, help="about 9 a request (default: %(default)s)")
+    one.add_argument("--bulletins", type=int, default=120_000, help="about 9 a request (default: %(default)s)")
     one.add_argument("--latency", type=float, default=1.0, metavar="S", help="of the server (default: %(default)s)")
     one.add_argument("--concurrency", type=int, default=128, help="default: %(default)s")
     for command in commands.choices.values():

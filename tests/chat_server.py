@@ -4,6 +4,7 @@ Run:     python tests/chat_server.py --latency 1        # prints its URL; for de
 """
 import argparse
 import asyncio
+import gzip
 import hashlib
 import json
 import random
@@ -96,6 +97,8 @@ class ChatServer:
                  models: dict | None = None, has_cost: bool = True, text_of: Callable[[dict], str] = answer_to):
         self.fault_of, self.latency_s, self.has_cost, self.text_of = fault_of, latency_s, has_cost, text_of
         self.models = {"data": [CARD]} if models is None else models       # {} for a server without that page
+        self.pages: dict[str, tuple[int, dict]] = {}       # further pages to GET: "/key": (200, {...})
+        self.compresses = False
         self.bodies: list[dict] = []          # of the requests, unless keeps_bodies is off
         self.headers: list[dict] = []
         self.keeps_bodies = True
@@ -131,7 +134,8 @@ class ChatServer:
                 headers = {name.lower(): value for name, _, value in (one.partition(": ") for one in fields if one)}
                 raw = await reader.readexactly(int(headers.get("content-length", 0)))
                 if line.startswith("GET"):
-                    send(writer, 200 if line.split()[1].endswith("/models") and self.models else 404, self.models)
+                    pages = {"/models": (200 if self.models else 404, self.models), **self.pages}
+                    send(writer, *pages.get(line.split()[1].removeprefix("/v1"), (404, {})))
                 elif not await self._answer(writer, headers, json.loads(raw)):
                     break
                 await writer.drain()
@@ -154,7 +158,7 @@ class ChatServer:
                 await asyncio.sleep(self.latency_s)
             if fault in FAULTS:
                 status, content, more = FAULTS[fault](body)
-                if status == 200 and isinstance(content, dict) and "error" not in content and fault != "finish_reason error":
+                if status == 200 and isinstance(content, dict) and fault != "finish_reason error":
                     self.billed_usd += content.get("usage", {}).get("cost", 0.0)
                 send(writer, status, content, more)
                 return True
@@ -163,7 +167,10 @@ class ChatServer:
             if fault is not None:
                 return await self._break_off(writer, fault, json.dumps(healthy).encode())
             self.n_healthy += 1
-            send(writer, 200, healthy)
+            if self.compresses:
+                send(writer, 200, gzip.compress(json.dumps(healthy).encode()), {"Content-Encoding": "gzip"})
+            else:
+                send(writer, 200, healthy)
             return True
         finally:
             self.n_in_flight -= 1
@@ -202,7 +209,8 @@ def random_faults(share: float, seed: int = 0, names: list[str] = HEALED_BY_RETR
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, default=1.0, metavar="S", help="seconds before an answer (default: %(default)s)")
+    parser.add_argument("--latency", type=float, default=1.0, metavar="S",
+                        help="seconds before an answer (default: %(default)s)")
     args = parser.parse_args()
     with ChatServer(latency_s=args.latency) as server:
         server.keeps_bodies = False

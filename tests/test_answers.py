@@ -42,7 +42,8 @@ def test_a_torn_last_line_is_dropped_and_nothing_else(tmp_path, torn):
     assert keys_in(tmp_path) == ["0/0", "0/1"]
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"[]\n", b'{"key": "0/0"}\n', b'{"key": 1, "seed_words": [], "text": ""}\n'])
+@pytest.mark.parametrize("line", [b"not json\n", b"[]\n", b'{"key": "0/0"}\n',
+                                  b'{"key": 1, "seed_words": [], "text": ""}\n'])
 def test_a_broken_line_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(json.dumps(answer("0/0")).encode() + b"\n" + line)
     with pytest.raises(ValueError, match="a.jsonl:2"):

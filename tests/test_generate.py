@@ -55,9 +55,24 @@ def arguments(server: ChatServer, out: Path, *more) -> list[str]:
     return [str(each) for each in ("--base-url", server.url, "--model", MODEL, "--out", out, *more)]
 
 
-def start(server: ChatServer, out: Path, *more) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "generate_training_data.py", *arguments(server, out, *more)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+STARTED: list[subprocess.Popen] = []
+
+
+def start(server: ChatServer, out: Path, *more, **options) -> subprocess.Popen:
+    run = subprocess.Popen([sys.executable, "generate_training_data.py", *arguments(server, out, *more)],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    STARTED.append(run)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def none_left_running():
+    yield
+    while STARTED:
+        run = STARTED.pop()
+        if run.poll() is None:
+            run.kill()
+            run.communicate()
 
 
 def keys_in(out: Path) -> list[str]:
@@ -148,7 +163,8 @@ def test_epochs_follow_one_another(tmp_path):
     vocabulary = tmp_path / "vocabulary.json"
     vocabulary.write_text(json.dumps([[f"word{n}", f"words{n}"] for n in range(35)]))
     with ChatServer() as server:
-        assert generate_training_data.main(arguments(server, tmp_path / "raw", "--bulletins", 80, "--vocabulary", vocabulary)) == 0
+        more = ["--bulletins", 80, "--vocabulary", vocabulary]
+        assert generate_training_data.main(arguments(server, tmp_path / "raw", *more)) == 0
     assert {"0/0", "0/3", "1/0", "2/0"} < set(keys_in(tmp_path / "raw"))
 
 
@@ -210,9 +226,10 @@ def test_the_budget_holds_over_all_runs(tmp_path, printed):
     with ChatServer(random_faults(0.1, names=["cut short", "null text", "502 page"])) as server:
         for budget in (0.005, 0.005, 0.012):
             assert generate_training_data.main(arguments(server, tmp_path, "--bulletins", 5000, "--max-cost", budget)) == 1
-            assert 0.6 * budget < server.billed_usd <= budget     # what was perhaps billed counts as if it was
+            assert 0.6 * budget < server.billed_usd <= budget       # what was perhaps billed counts in full
     assert "the budget of $0.012 is used up" in printed().err
-    spent = sum(answer["usage"]["cost"] for answer in answers.read_answers(tmp_path)) + answers.read_lost(tmp_path / "lost.log")
+    paid = sum(answer["usage"]["cost"] for answer in answers.read_answers(tmp_path))
+    spent = paid + answers.read_lost(tmp_path / "lost.log")
     assert server.billed_usd <= spent + 1e-9 <= 0.012 + 2e-9
 
 
@@ -226,7 +243,7 @@ def test_prices_of_our_own_where_the_server_has_none(tmp_path):
 # ---------------------------------------------------------------- stopped, killed, started again
 
 
-def wait_for(condition, timeout_s: float = 20) -> None:
+def wait_for(condition, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -239,7 +256,7 @@ def test_one_signal_lets_what_is_in_flight_arrive(tmp_path, number, printed):
         run = start(server, tmp_path)
         wait_for(lambda: server.n_in_flight >= 8)
         run.send_signal(number)
-        shown = run.communicate(timeout=20)
+        shown = run.communicate(timeout=120)
     printed(*shown)
     assert run.returncode == 130 and "in flight" in shown[1] and "the same command goes on" in shown[1]
     assert "accepted" in shown[0] and len(keys_in(tmp_path)) == server.n_requests == server.n_healthy
@@ -254,7 +271,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
         time.sleep(0.2)
         assert run.poll() is None
         run.send_signal(signal.SIGINT)
-        assert run.wait(timeout=5) == 130
+        assert run.wait(timeout=60) == 130
         run.communicate()
     assert answers.read_lost(tmp_path / "lost.log") > 0    # what was left behind may have been billed
 
@@ -262,18 +279,17 @@ def test_a_second_signal_does_not_wait(tmp_path):
 def test_a_second_process_is_refused(tmp_path, printed):
     with ChatServer() as server, answers.AnswerFile(tmp_path / "generated.jsonl"):
         run = start(server, tmp_path)
-        assert "another process is writing" in run.communicate(timeout=20)[1] and run.returncode == 2
+        assert "another process is writing" in run.communicate(timeout=120)[1] and run.returncode == 2
     assert server.n_requests == 0
 
 
 def test_a_full_disk_stops_the_run_and_tears_nothing(tmp_path):
     with ChatServer() as server:
-        run = subprocess.Popen([sys.executable, "generate_training_data.py", *arguments(server, tmp_path)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
-        shown = run.communicate(timeout=20)[1]
+        run = start(server, tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+        shown = run.communicate(timeout=120)[1]
         assert run.returncode == 1 and "error: [Errno" in shown and "Traceback" not in shown
         assert (tmp_path / "generated.jsonl").read_bytes().endswith(b"}\n") and 0 < len(keys_in(tmp_path)) <= 6
+        assert answers.read_lost(tmp_path / "lost.log") > 0          # the answer that found no room was paid for
         assert generate_training_data.main(arguments(server, tmp_path, "--bulletins", 200)) == 0
     assert len(keys_in(tmp_path)) == len(set(keys_in(tmp_path)))
 
@@ -291,14 +307,17 @@ def kill_again_and_again(out: Path, n_kills: int, wanted: int, concurrency: int 
     rng, lives = random.Random(0), []
     more = ["--bulletins", wanted, "--concurrency", concurrency, "--max-cost", 1]
     with ChatServer(latency_s=0.05) as server:
-        for _ in range(n_kills):
+        for n in range(n_kills):
             first, answered = server.n_requests, set(keys_in(out))
             run = start(server, out, *more)
-            time.sleep(rng.uniform(0.2, 1.2))
+            if n % 4:                                      # the fourth may be killed while it still starts
+                wait_for(lambda first=first: server.n_requests > first)
+            time.sleep(rng.uniform(0.0, 0.8))
             assert run.poll() is None, "the run ended before it was killed often enough: ask for more bulletins"
             run.kill()
             run.communicate()
             wait_for(lambda: server.n_in_flight == 0)
+            STARTED.remove(run)
             lives.append((first, server.n_requests, answered))
         first, answered = server.n_requests, set(keys_in(out))
         assert generate_training_data.main(arguments(server, out, *more[:-4], "--concurrency", 64, "--max-cost", 1)) == 0
@@ -324,7 +343,7 @@ def test_some_kills(tmp_path):
 
 @pytest.mark.slow
 def test_100_kills(tmp_path):
-    print(json.dumps(kill_again_and_again(tmp_path / "raw", n_kills=100, wanted=50_000)))
+    print(json.dumps(kill_again_and_again(tmp_path / "raw", n_kills=100, wanted=70_000)))
 
 
 def test_a_torn_answer_is_asked_again(tmp_path):
@@ -353,8 +372,9 @@ def test_the_tally_does_not_depend_on_the_order_of_arrival():
     def answer(n: int, story: str) -> dict:
         text = f"<h1>Boat number {n} sinks today</h1><p>{story}</p>"
         return {"key": f"0/{n}", "seed_words": [], "text": text, "usage": {"cost": 1.0}}
-    story = "The boat sank near the pier at noon and nobody was hurt. Two boys swam home. " * 1 + "A dog watched them all day. "
-    chain = [answer(n, story + f"It was day {n // 2}, and the water of the bay was as cold as it ever gets in winter.") for n in range(40)]
+    story = ("The boat sank near the pier at noon and nobody was hurt. Two boys swam home. A dog watched them all day. "
+             "It was day {}, and the water of the bay was as cold as it ever gets in winter.")
+    chain = [answer(n, story.format(n // 2)) for n in range(40)]
     counts = set()
     for seed in range(5):
         tally = generate_training_data.Tally(1000, lambda usage: usage["cost"])
@@ -375,7 +395,7 @@ def test_the_key_stays_out_of_what_a_process_prints(tmp_path, printed):
     try:
         with ChatServer(lambda n, body: "echo" if n > 5 else None) as server:
             run = start(server, tmp_path)
-            shown = run.communicate(timeout=20)
+            shown = run.communicate(timeout=120)
             printed(*shown)
     finally:
         del FAULTS["echo"]
