@@ -13,9 +13,13 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
-from itertools import count, islice
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, count, islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -171,51 +175,84 @@ def finetune(args: argparse.Namespace) -> None:
     print(json.dumps(facts))
 
 
-def answer_of(tokenizer, key: str, seed_word: str, written: list[int], max_new_tokens: int) -> dict:
-    """Return the raw answer for what the teacher wrote, its two lines put into the tags of the corpus format."""
-    headline, _, story = tokenizer.decode(written).strip().partition("\n")
-    return {"key": key, "seed_words": [seed_word], "examples": [], "model": "SmolLM2-135M-Instruct, fine-tuned",
-            "text": f"<h1>{headline}</h1><p>{' '.join(story.split())}</p>",
-            "finish_reason": "length" if len(written) == max_new_tokens else "stop",
-            "usage": {"completion_tokens": len(written), "cost": 0.0}, "created": int(time.time())}
+class Writer:
+    """The teacher and its critic, loaded once in a process, writing the bulletins of one chunk of seed words at a time."""
+
+    def __init__(self, args: argparse.Namespace):
+        examples = answers.read_examples(args.examples)
+        self.args = args
+        self.tokenizer, teacher = load_smollm2(args.teacher / "model.safetensors")
+        kept = usable_pieces(self.tokenizer, examples, answers.read_vocabulary(args.vocabulary))
+        calibration = [ids for ids, _ in encode_examples(self.tokenizer, examples)[::len(examples) // 32]]
+        self.teacher = Decoder(teacher, kept, calibration)
+        self.critic = Decoder(load_smollm2()[1], kept, calibration)
+
+    def write(self, chunk: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+        """Return the raw answers to the requests (key, seed words) of a chunk, each with its score."""
+        args, end = self.args, self.tokenizer.eos_token_id
+        prompts = [self.tokenizer(prompt_of(words[0]))["input_ids"] for _, words in asked]
+        written = self.teacher.generate(prompts, args.max_new_tokens, args.temperature, args.min_p, end,
+                                        seed=args.seed * 1_000_003 + chunk)
+        scores = self.critic.mean_log_probabilities([ids[:N_SCORED] if len(ids) > 1 else [end, end] for ids in written])
+        return [self._answer(key, words, ids, score) for (key, words), ids, score in zip(asked, written, scores)]
+
+    def _answer(self, key: str, words: list[str], written: list[int], score: float) -> dict:
+        headline, _, story = self.tokenizer.decode(written).strip().partition("\n")
+        return {"key": key, "seed_words": words, "examples": [], "model": "SmolLM2-135M-Instruct, fine-tuned",
+                "text": f"<h1>{headline}</h1><p>{' '.join(story.split())}</p>",
+                "finish_reason": "length" if len(written) == self.args.max_new_tokens else "stop",
+                "usage": {"completion_tokens": len(written), "cost": 0.0}, "created": int(time.time()),
+                "score": round(score, 3)}
+
+
+def start_writer(args: argparse.Namespace) -> None:
+    """Load a worker process's own Writer. Ctrl-C is the business of the process that started it."""
+    global _writer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
+    _writer = Writer(args)
+
+
+def write_chunk(chunk: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+    return _writer.write(chunk, asked)
+
+
+def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[tuple[int, list[tuple[str, list[str]]]]]:
+    """Yield (number, requests not yet answered) of each chunk of seed words, epoch after epoch, without end."""
+    vocabulary = answers.read_vocabulary(args.vocabulary)
+    requests = chain.from_iterable(answers.requests_of_epoch(vocabulary, epoch, args.seed, 1) for epoch in count())
+    for chunk in count():
+        asked = [request for request in islice(requests, args.batch_size) if not file.is_answered(*request)]
+        if asked:
+            yield chunk, asked
 
 
 def generate(args: argparse.Namespace) -> None:
-    vocabulary, examples = answers.read_vocabulary(args.vocabulary), answers.read_examples(args.examples)
     acceptance = Acceptance()
     with answers.AnswerFile(args.out / "offline.jsonl") as file:
         for answer in answers.read_answers(args.out):
             acceptance.add(answer)
-        if acceptance.accepted >= args.bulletins:
-            print(f"{args.out}: holds {acceptance.accepted:,} accepted bulletins already", file=sys.stderr)
-            return
-        tokenizer, teacher = load_smollm2(args.teacher / "model.safetensors")
-        kept = usable_pieces(tokenizer, examples, vocabulary)
-        calibration = [ids for ids, _ in encode_examples(tokenizer, examples)[::len(examples) // 32]]
-        teacher = Decoder(teacher, kept, calibration)
-        critic = Decoder(load_smollm2()[1], kept, calibration)
-        requests = (request for epoch in count() for request in answers.requests_of_epoch(vocabulary, epoch, args.seed, 1))
-        bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
-        for chunk in count():
-            keyed = list(islice(requests, args.batch_size))
-            asked = [(key, words) for key, words in keyed if not file.is_answered(key, words)]
-            if not asked:
-                continue
-            if acceptance.accepted >= args.bulletins:
-                break
-            prompts = [tokenizer(prompt_of(words[0]))["input_ids"] for _, words in asked]
-            written = teacher.generate(prompts, args.max_new_tokens, args.temperature, args.min_p,
-                                       tokenizer.eos_token_id, seed=args.seed * 1_000_003 + chunk)
-            scores = critic.mean_log_probabilities([ids[:N_SCORED] or [tokenizer.eos_token_id] * 2 for ids in written])
-            for (key, words), ids, score in zip(asked, written, scores):
-                answer = answer_of(tokenizer, key, words[0], ids, args.max_new_tokens)
-                answer["score"] = round(score, 3)
+        if acceptance.accepted < args.bulletins:
+            write_all(args, file, acceptance)
+    print(json.dumps({"accepted": acceptance.accepted, "rejected": dict(acceptance.rejected.most_common())}, indent=1))
+
+
+def write_all(args: argparse.Namespace, file: answers.AnswerFile, acceptance: Acceptance) -> None:
+    """Have the workers write chunk after chunk, and keep each as it comes, until enough bulletins are accepted.
+
+    A process a core with one thread each keeps both of two cores busy; one process with two threads wastes a sixth.
+    """
+    chunks, pending = open_chunks(args, file), deque()
+    bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
+    with get_context("spawn").Pool(args.workers, start_writer, (args,)) as pool, bar:
+        while acceptance.accepted < args.bulletins:
+            while len(pending) <= args.workers:
+                pending.append(pool.apply_async(write_chunk, next(chunks)))
+            for answer in pending.popleft().get():
                 file.append(answer)
                 acceptance.add(answer)
             bar.update(acceptance.accepted - bar.n)
             bar.set_postfix(rejected=acceptance.rejected.total())
-        bar.close()
-    print(json.dumps({"accepted": acceptance.accepted, "rejected": dict(acceptance.rejected.most_common())}, indent=1))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -238,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     write.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
     write.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     write.add_argument("--batch-size", type=int, default=320, help="seed words at once (default: %(default)s)")
+    write.add_argument("--workers", type=int, default=2, help="processes, of 4 GB each (default: %(default)s)")
     write.add_argument("--max-new-tokens", type=int, default=150, help="default: %(default)s")
     write.add_argument("--temperature", type=float, default=0.5, help="default: %(default)s")
     write.add_argument("--min-p", type=float, default=0.1, help="default: %(default)s")
