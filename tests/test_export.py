@@ -1,0 +1,225 @@
+"""Exported folders and files against our own model and sentencepiece, and the way back."""
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+import export
+from data import USER_SYMBOLS, load_tokenizer
+from model import GPT, Config
+from pieces import read_pieces, tokenizer_json
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPT = "a storm closes 12 schools </h>"
+RUN = {"val_loss": 1.25, "n_bulletins": 1234567, "hardware": "two slow cores"}
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny_bias"])
+def folder(request, small, tmp_path_factory) -> Path:
+    """A complete model folder: golden weights with a tokenizer of their vocabulary."""
+    folder = tmp_path_factory.mktemp("export") / request.param
+    GPT.from_pretrained(GOLDEN / request.param).save_pretrained(folder)
+    shutil.copy(GOLDEN / request.param / "config.json", folder / "config.json")
+    for kind in ("model", "vocab"):
+        shutil.copy(small / f"tokenizer.{kind}", folder / f"tokenizer.{kind}")
+    (folder / "run.json").write_text(json.dumps(RUN))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(folder) -> Path:
+    out = folder.with_name(f"{folder.name}-transformers")
+    assert export.main(["--model", str(folder), "--to", "transformers", "--out", str(out)]) == 0
+    return out
+
+
+def train_sentencepiece(text: Path, prefix: Path, kind: str) -> None:
+    """Train a tokenizer with sentencepiece's own defaults, its nmt_nfkc normalisation among them."""
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(prefix), model_type=kind, vocab_size=512,
+                                             user_defined_symbols=USER_SYMBOLS, minloglevel=2)
+
+
+def random_strings(lines: list[str]) -> list[str]:
+    rng = random.Random(7)
+    units = sorted(set("".join(lines))) + [" "] * 6 + ["  ", "</h>", "</h>", " </h> ", "the ", "é", "\t"]
+    strings = ["".join(rng.choices(units, k=rng.randrange(1, 60))) for _ in range(1000)]
+    return strings + ["", " ", "</h>", " </h> ", "5", "</h></h>", "  a  b  ", "é", "A storm", "</", "\n"]
+
+
+def test_transformers_gives_the_same_logits(folder, exported):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(exported), GPT.from_pretrained(folder)
+    assert type(theirs) is transformers.GPT2LMHeadModel
+    ids = torch.randint(0, 512, (4, ours.config.context_length), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = theirs(ids).logits
+    assert logits.dtype == torch.float32
+    assert (logits - ours(ids)).abs().max() < 1e-4
+
+
+def test_transformers_gives_the_same_ids_and_text(folder, exported, lines):
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(exported)
+    ours = load_tokenizer(folder / "tokenizer.model")
+    for text in [*lines, *random_strings(lines)]:
+        ids = ours.encode(text)
+        assert tokenizer(text).input_ids == [1, *ids], text
+        if 0 not in ids:
+            assert tokenizer.decode([1, *ids, 2], skip_special_tokens=True) == ours.decode(ids)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer.convert_tokens_to_ids("</h>") == 3
+    assert tokenizer(["a", "a storm </h>"], padding=True).attention_mask[0][0] == 0
+
+
+def test_a_pipeline_writes_a_bulletin_that_fits_the_context(exported):
+    write = pytest.importorskip("transformers").pipeline("text-generation", model=str(exported))
+    for prompt in (PROMPT, ""):
+        text = write(prompt)[0]["generated_text"]
+        assert text.startswith(prompt) and len(text) > len(prompt)
+        assert len(write.tokenizer(text).input_ids) <= write.model.config.n_positions + 2    # pieces may merge otherwise
+
+
+def test_a_published_tokenizer_with_normalisation_gives_the_same_ids(small, lines, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    train_sentencepiece(small / "train.txt", tmp_path / "tokenizer", "bpe")
+    ours = load_tokenizer(tmp_path / "tokenizer.model")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(read_pieces(ours))))
+    wide = ["".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in line) for line in lines[:20]]
+    for text in [*lines, *random_strings(lines), *wide, "ﬁve\u3000½ ㎞", "a\u00a0b\r\n"]:
+        assert theirs.encode(text).ids == [1, *ours.encode(text)], text
+    assert theirs.encode(wide[0]).ids == theirs.encode(lines[0]).ids
+
+
+def test_there_and_back_is_the_same_bit_for_bit(folder, exported, tmp_path, capsys):
+    back = tmp_path / "new" / "back"
+    assert export.main(["--model", str(exported), "--to", "tinynews", "--out", str(back)]) == 0
+    assert capsys.readouterr().out == f"{back}\n"
+    assert Config.load(back) == Config.load(folder)
+    for name in ("model.safetensors", "tokenizer.model", "tokenizer.vocab", "run.json"):
+        assert (back / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_a_model_tuned_with_transformers_comes_back(folder, exported, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    with torch.no_grad():
+        theirs.transformer.h[1].attn.c_attn.bias += 0.5
+    theirs.save_pretrained(tmp_path / "tuned")
+    command = ["--model", str(tmp_path / "tuned"), "--to", "tinynews", "--out", str(tmp_path / "back")]
+    assert export.main(command) == 2
+    assert "copy it from" in capsys.readouterr().err
+    shutil.copy(folder / "tokenizer.model", tmp_path / "tuned")
+    assert export.main(command) == 0
+    back, ids = GPT.from_pretrained(tmp_path / "back"), torch.arange(4, 40)[None]
+    assert back.config.qkv_bias and Config.load(tmp_path / "back").train == Config.load(folder).train
+    with torch.inference_mode():
+        assert (theirs(ids).logits - back(ids)).abs().max() < 1e-4
+
+
+def test_gguf_holds_the_tensors_and_the_tokenizer(folder, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    out = tmp_path / "tiny.gguf"
+    assert export.main(["--model", str(folder), "--to", "gguf", "--out", str(out)]) == 0
+    reader, model, tokenizer = gguf.GGUFReader(out), GPT.from_pretrained(folder), load_tokenizer(folder / "tokenizer.model")
+    value = {name: field.contents() for name, field in reader.fields.items()}
+    c = model.config
+    assert value["general.architecture"] == "gpt2" and value["gpt2.context_length"] == c.context_length
+    assert (value["gpt2.embedding_length"], value["gpt2.feed_forward_length"]) == (c.d_embedding, c.d_intermediate)
+    assert (value["gpt2.block_count"], value["gpt2.attention.head_count"]) == (c.n_layers, c.n_heads)
+    assert value["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
+    assert value["tokenizer.ggml.model"] == "llama" and value["tokenizer.ggml.add_bos_token"] is True
+    assert (value["tokenizer.ggml.bos_token_id"], value["tokenizer.ggml.eos_token_id"]) == (1, 2)
+    assert value["tokenizer.ggml.tokens"][:512] == [tokenizer.id_to_piece(i) for i in range(512)]
+    assert value["tokenizer.ggml.scores"][:512] == [tokenizer.get_score(i) for i in range(512)]
+    assert value["tokenizer.ggml.token_type"] == [2, 3, 3, 4] + [1] * 508 + [6] * 256
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert len(tensors) == 5 + 12 * c.n_layers
+    block = model.trf_blocks[1]
+    assert torch.equal(tensors["blk.1.attn_qkv.weight"], block.att.qkv.weight)
+    bias = model.state_dict().get("trf_blocks.1.att.qkv.bias", torch.zeros(3 * c.d_embedding))
+    assert torch.equal(tensors["blk.1.attn_qkv.bias"], bias)
+    assert torch.equal(tensors["blk.1.attn_output.weight"], block.att.proj.weight)
+    assert torch.equal(tensors["blk.1.ffn_down.weight"], block.ff.layers[2].weight)
+    assert torch.equal(tensors["blk.1.ffn_norm.bias"], block.norm2.shift)
+    for name, weight in (("token_embd", model.tok_emb.weight), ("output", model.out_head.weight)):
+        assert torch.equal(tensors[f"{name}.weight"], torch.cat([weight, weight[:1].expand(256, -1)]))
+
+
+def test_the_card_tells_what_is_known_and_nothing_else(folder, exported, tmp_path):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    n_parameters = sum(p.numel() for p in GPT.from_pretrained(folder).parameters())
+    assert card.startswith("---\nlicense: apache-2.0\n") and f"{n_parameters:,} parameters" in card
+    assert "| validation loss | 1.250 nats per token |" in card
+    assert "1,234,567 bulletins" in card and "two slow cores" in card
+    assert "| steps |" not in card and "None" not in card
+    assert "validation loss" not in export.model_card(GPT.from_pretrained(folder), {})
+
+
+def spoil_config(model: Path, **changes) -> None:
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+BAD_INPUTS = [
+    ("transformers", lambda model: shutil.rmtree(model), "no such model folder"),
+    ("transformers", lambda model: (model / "tokenizer.model").unlink(), "no such tokenizer"),
+    ("gguf", lambda model: (model / "tokenizer.model").write_bytes(b"junk"), "not a sentencepiece model"),
+    ("gguf", lambda model: (model / "model.safetensors").unlink(), "no weights"),
+    ("tinynews", lambda model: None, "not the config of a transformers GPT-2"),
+    ("tinynews", lambda model: (model / "config.json").write_text("{"), "config.json: Expecting"),
+    ("tinynews", lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'), 'activation_function is "gelu'),
+]
+
+
+@pytest.mark.parametrize("to, spoil, message", BAD_INPUTS)
+def test_bad_input_is_told_in_one_line_and_leaves_nothing(to, spoil, message, folder, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folder, model)
+    spoil(model)
+    check_refusal(["--model", str(model), "--to", to, "--out", str(out)], message, capsys)
+    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda model: spoil_config(model, layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
+    (lambda model: spoil_config(model, n_layer="2"), "model.n_layers must be of type int"),
+    (lambda model: spoil_config(model, n_layer=99), "is missing"),
+    (lambda model: spoil_config(model, n_positions=32), "transformer.wpe.weight is (64,"),
+    (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 100), "not a safetensors file"),
+])
+def test_a_bad_transformers_folder_is_told_in_one_line(spoil, message, exported, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(exported, model)
+    spoil(model)
+    check_refusal(["--model", str(model), "--to", "tinynews", "--out", str(tmp_path / "out")], message, capsys)
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    for to in ("transformers", "gguf", "tinynews"):
+        check_refusal(["--model", str(folder), "--to", to, "--out", str(tmp_path / "out")], "exists already", capsys)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_unigram_tokenizer_is_refused(small, folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    train_sentencepiece(small / "train.txt", model / "tokenizer", "unigram")
+    command = ["--model", str(model), "--to", "transformers", "--out", str(tmp_path / "out")]
+    check_refusal(command, "expected a BPE model", capsys)
+
+
+def test_gguf_without_its_package(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    check_refusal(["--model", str(folder), "--to", "gguf", "--out", str(tmp_path / "out")], "pip install gguf", capsys)
+
+
+def check_refusal(command: list[str], message: str, capsys) -> None:
+    capsys.readouterr()
+    assert export.main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
