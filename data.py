@@ -9,6 +9,7 @@ import json
 import lzma
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def bulletin_of_ids(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[i
     separator = tokenizer.piece_to_id(SEPARATOR)
     end = ids.index(separator) if separator in ids else len(ids)
     story = [i for i in ids[end + 1:] if i != separator]
-    return Bulletin(tokenizer.decode(ids[:end]).strip(), tokenizer.decode(story).strip())
+    return Bulletin(*(" ".join(tokenizer.decode(part).split()) for part in (ids[:end], story)))
 
 
 # ---------------------------------------------------------------- encoding
@@ -190,12 +191,13 @@ def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) ->
 def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Path) -> None:
     """Encode text files into stem.ids, stem.npy (offsets) and, last, stem.json, whose presence says all is there."""
     stem.parent.mkdir(exist_ok=True)
+    is_large = sum(path.stat().st_size for path in paths) > 1_000_000      # else processes take longer to start than to work
     lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0}
     partial = stem.with_suffix(f".{os.getpid()}.partial")
     try:
-        with partial.open("wb") as out, start_workers(os.cpu_count()) as pool:
+        with partial.open("wb") as out, start_workers(os.cpu_count()) if is_large else nullcontext() as pool:
             bar = tqdm(desc=f"encoding {paths[0].parent.name}/{paths[0].name}", unit="bulletin", disable=None)
-            for encoded in pool.imap(encode_lines, tasks_of(paths, proto)):
+            for encoded in (pool.imap if pool else map)(encode_lines, tasks_of(paths, proto)):
                 for ids, n_bytes in encoded:
                     if not ids:
                         facts["n_malformed"] += 1
