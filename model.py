@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import typing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -279,6 +280,24 @@ class GPT(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return logits [B, T, V] in float32 for ids [B, T]; T is at most the context length."""
         return self.out_head(self.hidden(ids)).float()
+
+    @torch.inference_mode()
+    def attention(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return what each token looks at, [layers, B, H, T, T]: row t holds weights over the tokens 0 .. t, sum 1.
+
+        The fused attention of the blocks never forms these weights; they are computed from the queries and keys of a
+        forward pass over ids [B, T].
+        """
+        projected: list[torch.Tensor] = []
+        with ExitStack() as hooks:
+            for block in self.trf_blocks:
+                hooks.enter_context(block.att.qkv.register_forward_hook(lambda module, x, qkv: projected.append(qkv)))
+            self.hidden(ids)
+        head_size = self.config.d_embedding // self.config.n_heads
+        qkv = torch.stack(projected).unflatten(-1, (3, self.config.n_heads, head_size))
+        q, k, _ = qkv.permute(3, 0, 1, 4, 2, 5).float()            # (layers, B, T, 3, H, D) -> 3 x (layers, B, H, T, D)
+        is_future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
+        return (q @ k.mT / head_size**0.5).masked_fill(is_future, -torch.inf).softmax(-1)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,

@@ -106,6 +106,27 @@ def test_no_token_sees_the_future(tiny):
     assert not torch.allclose(tiny(ids)[:, 25:], tiny(changed)[:, 25:])
 
 
+def test_attention_is_what_the_blocks_compute(golden):
+    model, expected = golden
+    ids = expected["input_ids"]
+    n_rows, n_tokens = ids.shape
+    calls = []
+    for block in model.trf_blocks:
+        block.att.register_forward_hook(lambda module, args, output: calls.append((module, args[0], output)))
+    with torch.inference_mode():
+        weights = model.attention(ids)
+        assert weights.shape == (model.config.n_layers, n_rows, model.config.n_heads, n_tokens, n_tokens)
+        assert torch.allclose(weights.sum(-1), torch.ones(1), atol=1e-5)
+        assert torch.equal(weights, weights.tril())
+        for layer, (att, x, output) in enumerate(calls):           # weights @ values, projected, is the block's attention
+            values = att.qkv(x).chunk(3, dim=-1)[2].view(n_rows, n_tokens, model.config.n_heads, -1).transpose(1, 2)
+            assert torch.allclose(att.proj((weights[layer] @ values).transpose(1, 2).flatten(2)), output, atol=1e-5)
+        assert len(calls) == model.config.n_layers
+    with pytest.raises(ValueError, match="do not fit the context"):
+        model.attention(torch.zeros(1, 65, dtype=torch.long))
+    assert not model.trf_blocks[0].att.qkv._forward_hooks          # nothing is left behind
+
+
 @pytest.mark.parametrize("size, n_parameters", [("3M", 2_905_344), ("11M", 10_539_520), ("28M", 27_621_120),
                                                 ("59M", 58_868_736)])
 def test_published_sizes(size, n_parameters):
