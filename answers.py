@@ -7,6 +7,7 @@ key that is present is never asked again. What was paid for answers that never c
 import fcntl
 import hashlib
 import json
+import lzma
 import os
 import random
 import time
@@ -57,14 +58,19 @@ def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int, n_word
         yield f"{epoch}/{batch}", words[start:start + n_words]
 
 
+def answer_files(folder: Path) -> list[Path]:
+    """Return the files of raw answers in a folder: *.jsonl.xz, which were put away, then *.jsonl, each by name."""
+    return sorted(folder.glob("*.jsonl.xz")) + sorted(folder.glob("*.jsonl"))
+
+
 def read_answers(folder: Path) -> Iterator[dict]:
-    """Yield every answer of the *.jsonl files of a folder, oldest file name first.
+    """Yield every answer of the files of raw answers in a folder, in their order.
 
     A torn last line (a process killed while it wrote) is passed over, as the writer will drop it; any other broken
     line raises ValueError with its file and number.
     """
-    for path in sorted(folder.glob("*.jsonl")):
-        with path.open("rb") as file:
+    for path in answer_files(folder):
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     break

@@ -28,7 +28,7 @@ import answers
 import cli
 
 SEPARATOR = "</h>"
-MIN_SCORE = -4.4              # lowest mean log-probability a token, in nats, where the answer carries a score
+MIN_SCORE = -6.2              # lowest mean log-probability a token, in nats, where the answer carries a score
 TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams from which two bulletins are near-duplicates
 VALIDATION_SHARE = 20         # one bulletin in so many goes to validation ...
 MAX_VALIDATION = 1000         # ... until there are this many: enough to measure a loss to 0.01
@@ -278,7 +278,7 @@ def restore_signals() -> None:
 def fingerprint(raw: Path) -> str:
     """Return a hash of the raw files and of the rules, to know when nothing has changed since the last cleaning."""
     digest = hashlib.sha256()
-    for path in [*sorted(raw.glob("*.jsonl")), Path(__file__), Path(answers.__file__)]:
+    for path in [*answers.answer_files(raw), Path(__file__), Path(answers.__file__)]:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -292,7 +292,7 @@ def write_corpus(raw: Path, out: Path, n_jobs: int) -> dict:
     the report was written, it is returned as it is.
     Raises FileNotFoundError if the folder holds no answers, ValueError for a broken line.
     """
-    if not any(raw.glob("*.jsonl")):
+    if not answers.answer_files(raw):
         raise FileNotFoundError(f"{raw}: no raw answers (*.jsonl); python generate_training_data.py or offline_teacher.py")
     report_path, source = out / "report.json", fingerprint(raw)
     names = ["train.txt", "validation.txt", "rejected.jsonl"]

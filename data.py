@@ -125,13 +125,13 @@ class Tokens:
         return len(self.lengths)
 
     def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets, both [B, T]: the targets are the inputs one token on, padding is IGNORED."""
+        """Return inputs and targets, both [B, T]: the targets are the inputs one token on, id 0 is IGNORED."""
         longest = int(self.lengths[indices].max())
         rows = np.zeros((len(indices), longest), dtype=np.int64)
         for row, i in zip(rows, indices):
             row[:self.lengths[i]] = self.ids[self.offsets[i]:self.offsets[i + 1]]
         targets = rows[:, 1:].copy()
-        targets[np.arange(longest - 1) >= self.lengths[indices, None] - 1] = IGNORED
+        targets[targets == 0] = IGNORED          # padding, and characters that the tokenizer does not know
         return torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(targets).to(device)
 
 
@@ -255,11 +255,12 @@ def bulletin_losses(model, tokens: Tokens, batch_size: int = 64) -> tuple[np.nda
     model(ids [B, T]) gives logits [B, T, V] in float32. A mean over the split is total divided by total.
     """
     order = np.argsort(tokens.lengths, kind="stable")
-    nats = np.zeros(len(tokens))
+    nats, n_targets = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
         indices = order[start:start + batch_size]
         inputs, targets = tokens.batch(indices, device)
         nll = F.cross_entropy(model(inputs).transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         nats[indices] = nll.sum(1, dtype=torch.float64).cpu()        # (B, T) -> (B,)
-    return nats, tokens.lengths - 1
+        n_targets[indices] = (targets != IGNORED).sum(1).cpu()
+    return nats, n_targets

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 # Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
@@ -212,6 +212,18 @@ class Block(nn.Module):
 # ---------------------------------------------------------------- sampling
 
 
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    """Raise ValueError for sampling options that mean nothing."""
+    if not (temperature == 0 or 1e-3 <= temperature < float("inf")):
+        raise ValueError(f"temperature must be 0 or from 0.001 up, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
+
+
 class Draw:
     """Draws one token a row from logits, each row with random numbers of its own.
 
@@ -311,7 +323,8 @@ class GPT(nn.Module):
         (seed + row), so that its text does not depend on the rows beside it.
         Raises ValueError for an empty prompt, one longer than the context, or ids outside the vocabulary.
         """
-        self._check_prompts(prompts, temperature)
+        self._check_prompts(prompts)
+        check_sampling(temperature, top_k, top_p, min_p)
         if not prompts or max_new_tokens < 1:
             return [list(prompt) for prompt in prompts]
         device = self.tok_emb.weight.device
@@ -348,9 +361,7 @@ class GPT(nn.Module):
             x = self.hidden(token[:, None], position[:, None], cache, row_mask)
         return [list(prompt) + [i for i in row if i >= 0] for prompt, row in zip(prompts, written.tolist())]
 
-    def _check_prompts(self, prompts: list[list[int]], temperature: float) -> None:
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, but is {temperature}")
+    def _check_prompts(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):
             if not 1 <= len(prompt) <= self.config.context_length:
                 raise ValueError(f"prompt {row} holds {len(prompt)} tokens; expected 1 to {self.config.context_length}")
@@ -401,5 +412,5 @@ class GPT(nn.Module):
         os.replace(partial, folder / "config.json")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         partial = folder / "model.safetensors.partial"
-        save_file(weights, partial)
+        partial.write_bytes(save(weights))       # save_file would keep the file from other users
         os.replace(partial, folder / "model.safetensors")

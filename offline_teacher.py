@@ -205,16 +205,21 @@ class Writer:
                 "score": round(score, 3)}
 
 
-def start_writer(args: argparse.Namespace) -> None:
-    """Load a worker process's own Writer. Ctrl-C is the business of the process that started it."""
+_writer: Writer | None = None         # a worker process's own, loaded with its first chunk
+
+
+def write_chunk(args: argparse.Namespace, chunk: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+    """Write one chunk in a worker process."""
     global _writer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-    _writer = Writer(args)
-
-
-def write_chunk(chunk: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+    if _writer is None:
+        torch.set_num_threads(max(1, os.cpu_count() // args.workers))
+        _writer = Writer(args)
     return _writer.write(chunk, asked)
+
+
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the process that started this worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[tuple[int, list[tuple[str, list[str]]]]]:
@@ -229,9 +234,7 @@ def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[
 
 def generate(args: argparse.Namespace) -> None:
     acceptance = Acceptance()
-    with answers.AnswerFile(args.out / "offline.jsonl") as file:
-        for answer in answers.read_answers(args.out):
-            acceptance.add(answer)
+    with answers.AnswerFile(args.out / "offline.jsonl", on_earlier=acceptance.add) as file:
         if acceptance.accepted < args.bulletins:
             write_all(args, file, acceptance)
     print(json.dumps({"accepted": acceptance.accepted, "rejected": dict(acceptance.rejected.most_common())}, indent=1))
@@ -240,14 +243,14 @@ def generate(args: argparse.Namespace) -> None:
 def write_all(args: argparse.Namespace, file: answers.AnswerFile, acceptance: Acceptance) -> None:
     """Have the workers write chunk after chunk, and keep each as it comes, until enough bulletins are accepted.
 
-    A process a core with one thread each keeps both of two cores busy; one process with two threads wastes a sixth.
+    A process a core waits for no other, where the threads of one process wait for each other after every operation.
     """
     chunks, pending = open_chunks(args, file), deque()
     bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
-    with get_context("spawn").Pool(args.workers, start_writer, (args,)) as pool, bar:
+    with get_context("spawn").Pool(args.workers, ignore_interrupts) as pool, bar:
         while acceptance.accepted < args.bulletins:
             while len(pending) <= args.workers:
-                pending.append(pool.apply_async(write_chunk, next(chunks)))
+                pending.append(pool.apply_async(write_chunk, (args, *next(chunks))))
             for answer in pending.popleft().get():
                 file.append(answer)
                 acceptance.add(answer)
@@ -270,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     write = commands.add_parser("generate", help="write bulletins with the fine-tuned teacher")
     write.set_defaults(command=generate)
     write.add_argument("--bulletins", type=int, default=1000, help="accepted bulletins in all (default: %(default)s)")
-    write.add_argument("--out", type=Path, default=Path("training_data/raw"), help="default: %(default)s")
+    write.add_argument("--out", type=Path, default=Path("training_data/raw-offline"), help="default: %(default)s")
     write.add_argument("--teacher", type=Path, default=Path("teacher"), help="default: %(default)s")
     write.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
     write.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")

@@ -40,12 +40,12 @@ def write(model: GPT, tokenizer, prompts: list[list[int]], args: argparse.Namesp
     """Yield a bulletin for each prompt, batch after batch; bulletin i is drawn with seed + i whatever the batch size."""
     for start in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[start:start + BATCH_SIZE]
-        n_free = model.config.context_length - min(map(len, batch))
-        rows = model.generate(batch, n_free, args.temperature, args.top_k, args.top_p, args.min_p,
+        context = model.config.context_length
+        rows = model.generate(batch, context - min(map(len, batch)), args.temperature, args.top_k, args.top_p, args.min_p,
                               stop_id=tokenizer.eos_id(), seed=args.seed + start)
         for row in rows:
-            headline, story = bulletin_of_ids(tokenizer, row)
-            yield {"headline": headline, "story": story, "finished": len(row) < model.config.context_length}
+            headline, story = bulletin_of_ids(tokenizer, row[:context])
+            yield {"headline": headline, "story": story, "finished": len(row) < context}
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -59,6 +59,8 @@ def sample(args: argparse.Namespace) -> None:
     prompts = [prompt_of(tokenizer, headline, model.config.context_length) for headline in headlines for _ in range(repeats)]
     if args.seed is None:
         args.seed = torch.seed() % 2**31
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed must be from 0 to 2**62, not {args.seed}")
     bulletins = write(model, tokenizer, prompts, args)
     for bulletin in tqdm(bulletins, total=len(prompts), unit="bulletin", disable=None if len(prompts) > BATCH_SIZE else True):
         if args.json:

@@ -5,6 +5,7 @@ below writes with it: one KV cache for the whole batch, rows that have ended lea
 8 bits can hold (two thirds of the arithmetic) decode in int8.
 """
 import importlib.util
+import warnings
 from pathlib import Path
 
 import torch
@@ -52,7 +53,9 @@ class Matrix:
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
         scales = weight.abs().amax(1).clamp(min=1e-8).double() / 127
-        rows = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
+        with warnings.catch_warnings():             # deprecated, with nothing in torch itself to take its place yet
+            warnings.simplefilter("ignore", UserWarning)
+            rows = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rows, None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,10 @@ Writes:  model.safetensors, config.json, tokenizer.model, tokenizer.vocab, run.j
 Run:     python train.py --config configs/3M.json
 """
 import argparse
-import json
 import math
-import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from datetime import datetime, timezone
@@ -26,6 +23,7 @@ from tqdm import tqdm
 import cli
 from data import IGNORED, Tokens, bulletin_losses, bulletin_of_ids, epoch_batches, load_split, load_tokenizer
 from model import BOS, GPT, Config, TrainConfig
+from record import commit_of_checkout, draw_losses, hardware, read_log, write_beside, write_json, write_log
 
 N_EVALUATIONS = 10            # evaluations in a run, unless --eval-every says otherwise
 
@@ -101,55 +99,6 @@ def seconds_of(work) -> float:
     return min(times)
 
 
-# ---------------------------------------------------------------- files of a run
-
-
-def write_beside(path: Path, write) -> None:
-    """Have write(partial path) make a file, put it on the disk for sure, then rename it to its place."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_beside(path, lambda partial: partial.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8"))
-
-
-def read_log(path: Path) -> list[dict]:
-    """Return the entries of a log, without a last line that was torn."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def draw_losses(log: list[dict], path: Path, title: str) -> None:
-    """Draw training and validation loss over steps, with a second axis in epochs, from the entries of log.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axes.plot([e["step"] for e in log], [e["loss"] for e in log], label="training, mean since the last point")
-    axes.plot([e["step"] for e in log], [e["val_loss"] for e in log], marker=".", label="validation")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axes.legend()
-    steps_an_epoch = log[-1]["step"] / log[-1]["epoch"]
-    axes.secondary_xaxis("top", functions=(lambda s: s / steps_an_epoch, lambda e: e * steps_an_epoch)).set_xlabel("epoch")
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
-
-
-def commit_of_checkout() -> str | None:
-    """Return the commit that this code stands at, with "+" if files were changed; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
-
-
 # ---------------------------------------------------------------- the run
 
 
@@ -168,8 +117,9 @@ class Run:
         # What must be the same for a checkpoint to go on to the bytes of an uninterrupted run.
         self.identity = {"config": config.to_json(), "n_steps": self.n_steps, "train_sha256": self.train.sha256,
                          "validation_sha256": self.validation.sha256, "device": self.device.type,
-                         "threads": torch.get_num_threads(), "torch": torch.__version__}
+                         "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         self.step, self.elapsed_s = 0, 0.0
+        self.loss_sum, self.n_losses = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.checkpoint_path, self.log_path = self.out / "checkpoint.pt", self.out / "log.jsonl"
         self.log: list[dict] = []
         self.autocast = pick_autocast(self.device)
@@ -211,10 +161,6 @@ class Run:
         # Entries written after the checkpoint will be written again.
         self.log = [entry for entry in read_log(self.log_path) if entry["step"] <= self.step]
 
-    def write_log(self) -> None:
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-        write_beside(self.log_path, lambda partial: partial.write_text(lines, encoding="utf-8"))
-
     # ------------------------------------------------------------ the loop
 
     def loop(self) -> None:
@@ -238,7 +184,8 @@ class Run:
                 self.elapsed_s = time.perf_counter() - started
                 bar.update()
                 if not bar.disable and self.step % 20 == 0:
-                    bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {n_tokens / bar.format_dict['elapsed']:,.0f} tok/s")
+                    bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, "
+                                        f"{n_tokens / bar.format_dict['elapsed']:,.0f} tok/s")
                 if self.step % eval_every == 0 or self.step == self.n_steps:
                     self.evaluate(lr, grad_norm, bar)
                 if stop.asked or (time.perf_counter() - saved > self.args.checkpoint_every and self.step < self.n_steps):
@@ -260,7 +207,7 @@ class Run:
                  "lr": lr, "grad_norm": grad_norm.item(), "elapsed_s": round(self.elapsed_s, 1)}
         self.loss_sum, self.n_losses = torch.zeros((), dtype=torch.float64, device=self.device), 0
         self.log.append(entry)
-        self.write_log()
+        write_log(self.log_path, self.log)
         bar.write(f"step {self.step}/{self.n_steps}  loss {entry['loss']:.3f}  val {entry['val_loss']:.3f}  lr {lr:.1e}  "
                   f"norm {entry['grad_norm']:.2f}  {entry['elapsed_s']:.0f} s", file=sys.stderr)
 
@@ -270,7 +217,7 @@ class Run:
         vocab = self.tokenizer_path.with_suffix(".vocab")
         if vocab.exists():
             shutil.copyfile(vocab, self.out / "tokenizer.vocab")
-        write_beside(self.out / "loss.png", lambda partial: draw_losses(self.log, partial, self.out.name))
+        draw_losses(self.log, self.out / "loss.png", self.out.name)
         write_json(self.out / "run.json", {
             "val_loss": self.log[-1]["val_loss"], "n_parameters": sum(p.numel() for p in self.model.parameters()),
             "n_bulletins": len(self.train), "n_tokens": int(self.train.lengths.sum()),
@@ -311,15 +258,6 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def hardware(device: torch.device) -> str:
-    """Return the name of the GPU, or of the CPU and its instruction set."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
-    return f"{cpu or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
-
-
 def train(args: argparse.Namespace) -> None:
     config = Config.load(args.config)
     if config.train is None:
@@ -335,11 +273,10 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args, config)
     run.out.mkdir(parents=True, exist_ok=True)
     run.make_model()
-    run.loss_sum, run.n_losses = torch.zeros((), dtype=torch.float64, device=run.device), 0
     if args.resume and run.checkpoint_path.exists():
         run.load_checkpoint()
     write_json(run.out / "config.json", config.to_json())
-    run.write_log()
+    write_log(run.log_path, run.log)
     left_out = run.train.n_too_long + run.train.n_malformed
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.train):,} bulletins "
           f"({left_out:,} left out: {run.train.n_too_long:,} too long, {run.train.n_malformed:,} malformed), "

@@ -1,8 +1,12 @@
 """Shared by the tests: a small corpus with its tokenizer, and the commands run as a user runs them."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+# The models of the tests are tiny: a second thread would only wait. Inherited by every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

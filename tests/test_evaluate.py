@@ -9,6 +9,7 @@ import pytest
 
 import bulletins
 import evaluate
+import judgements as judged
 import quality
 
 REPOSITORY = Path(evaluate.__file__).parent
@@ -149,12 +150,12 @@ UNSCORED = {
 
 @pytest.mark.parametrize("text", SCORED)
 def test_score_is_read(text):
-    assert evaluate.read_answer(text) == (SCORED[text], None)
+    assert judged.read_answer(text) == (SCORED[text], None)
 
 
 @pytest.mark.parametrize("text", UNSCORED, ids=lambda text: repr(text)[:40])
 def test_answer_without_a_score_is_named_and_never_guessed(text):
-    score, problem = evaluate.read_answer(text)
+    score, problem = judged.read_answer(text)
     assert score is None
     assert problem.startswith(UNSCORED[text]) and len(problem) < 40
 
@@ -168,21 +169,21 @@ def test_every_shape_of_answer_gives_the_same_score(notes, score, is_escaped):
     for value in (f"{score}", f"{score}.0", f'"{score}"'):
         for begin in ("", '{"notes": "', '```json\n{"notes": "', 'Sure! {"notes": "'):
             for end in ("}", "}\n```", "} Note: an evaluation of 2.", "\n}", "", '}\n{"notes": "x", "evaluation": 2}'):
-                assert evaluate.read_answer(f'{begin}{inside}", "evaluation": {value}{end}').score == score
+                assert judged.read_answer(f'{begin}{inside}", "evaluation": {value}{end}').score == score
         for cut in ("", '"', '",', '", "evalu', '", "evaluation"', '", "evaluation":'):
-            assert evaluate.read_answer(inside + cut).score is None
+            assert judged.read_answer(inside + cut).score is None
 
 
 @pytest.mark.parametrize("text", [text for text in SCORED if SCORED[text] == int(SCORED[text]) and '{"evaluation": 2}' not in text])
 def test_answer_cut_anywhere_gives_its_score_or_none(text):
     for end in range(len(text)):
-        assert evaluate.read_answer(text[:end]).score in (None, SCORED[text])
+        assert judged.read_answer(text[:end]).score in (None, SCORED[text])
 
 
 @pytest.mark.parametrize("text", ['x", "evaluation": 4' + " " * 20_000 + "x", '"' * 20_000, '", ' * 10_000,
                                   '"' + "\n" * 20_000 + "x", '"evaluation": ' * 5000])
 def test_degenerate_answers_do_not_hang(text):
-    evaluate.read_answer(text)
+    judged.read_answer(text)
 
 
 # ---------------------------------------------------------------- report
@@ -199,7 +200,7 @@ def write_judgements(tmp_path, judgements):
 
 
 def report_of(tmp_path, judgements, is_paired=False):
-    return evaluate.report_of(*evaluate.read_judgements(write_judgements(tmp_path, judgements), is_paired))
+    return judged.report_of(*judged.read_judgements(write_judgements(tmp_path, judgements), is_paired))
 
 
 def test_summary_by_hand(tmp_path):
@@ -268,7 +269,7 @@ def test_holm_goes_over_all_pairs(tmp_path):
 
 
 def test_answers_that_are_not_text(tmp_path):
-    by_name, _ = evaluate.read_judgements(write_judgements(tmp_path, {"a": [{"notes": "x", "evaluation": 4}, None, 5]}), False)
+    by_name, _ = judged.read_judgements(write_judgements(tmp_path, {"a": [{"notes": "x", "evaluation": 4}, None, 5]}), False)
     assert [judgement.reading for judgement in by_name["a"]] == [(4, None), (None, "empty"), (None, "not text")]
 
 

@@ -1,0 +1,190 @@
+"""A judge's answers: read, however broken, and compared between models.
+
+A judgement is the text in which a large model judges one bulletin, ending in a score of 1 to 5. `evaluate.py report`
+prints what stands here; `read_answer` gives the score of one answer.
+"""
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import answers
+import stats
+
+LOWEST, HIGHEST = 1, 5        # the judge's scale
+ALPHA, POWER = 0.05, 0.8
+
+# ---------------------------------------------------------------- a judge's answer
+
+PREFILLED = '{"notes": "'
+NUMBER = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*5)?")
+THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
+# The key "evaluation" with its value, in JSON too broken to be parsed. Notes may hold the word, even in quotes, so it
+# counts only where a brace, or a comma and the next key, follows the value. Where the key stands in its place, after a
+# closed string, an open brace or a line break, the end of the line or of the text will do, or a remark.
+EVALUATION = re.compile(r"""
+    (?P<in_place> (?: ["'”] (?: \s* , )? | \{ ) \s* | \n [^\S\n]* )?
+    (?<!\\) ["'“”] (?i:evaluation) (?<!\\) ["'“”] \s* : \s*
+    ["'“]? (?P<value> [^\s,{}()\[\]<>"'“”]+ (?: \s* (?: / | out\ of ) \s* 5 )? ) ["'”]?
+    (?: (?P<goes_on> \s* , \s* ["'“] )
+      | (?: \s* , )? \s* [{}\]<]
+      | (?(in_place) (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: \( | // | \# | [A-Z] ) ) | (?!) ) )
+    """, re.VERBOSE)
+
+
+class Reading(NamedTuple):
+    """What an answer says: its score, or why it has none."""
+    score: float | None
+    problem: str | None = None
+
+
+def read_answer(text: str | None) -> Reading:
+    """Return the score that a judge's answer gives, or why it gives none; a score is never guessed.
+
+    The answer is a JSON object or the continuation of one that begins with PREFILLED, often broken: line breaks and
+    quotes inside the notes, text or a second object after the brace, a code fence, an end in the middle. The first
+    object that gives a score counts.
+
+    >>> read_answer('The plot is "odd", but\\nsimple.", "evaluation": "4"} Done.')
+    Reading(score=4.0, problem=None)
+    >>> read_answer('I would give it an evaluation: 4, if the')
+    Reading(score=None, problem='cut off before the evaluation')
+    """
+    text = CODE_FENCE.sub("", THINKING.sub("", text or "")).strip()
+    if not text:
+        return Reading(None, "empty")
+    try:
+        parsed, _ = json.JSONDecoder(strict=False).raw_decode(text if text.startswith("{") else PREFILLED + text)
+        return score_of(parsed["evaluation"])
+    except (ValueError, KeyError, RecursionError):
+        pass
+    value = first_evaluation(text)
+    if value is None and '"' not in text.replace('\\"', "") and "}" in text:
+        # Every quote is escaped: those of the JSON too, or only quotes inside notes that never ended.
+        value = first_evaluation(text.replace('\\"', '"'), must_be_in_place=True)
+    if value is not None:
+        return score_of(value)
+    return Reading(None, "no evaluation" if "}" in text else "cut off before the evaluation")
+
+
+def first_evaluation(text: str, must_be_in_place: bool = False) -> str | None:
+    """Return the value of "evaluation" in the first object of broken JSON; the last one if it stands there twice."""
+    value = None
+    for match in EVALUATION.finditer(text):
+        if must_be_in_place and match["in_place"] is None:
+            continue
+        value = match["value"]
+        if match["goes_on"] is None:
+            break
+    return value
+
+
+def score_of(value) -> Reading:
+    """Return the score that a value of "evaluation" stands for: 4, 4.0, "4", "4/5"; half points stay half points."""
+    match = NUMBER.fullmatch(str(value).strip(" *\n"))
+    if match is None or isinstance(value, bool):
+        return Reading(None, f"not a number: {str(value)[:20]}")
+    score = float(match[1])
+    return Reading(score) if LOWEST <= score <= HIGHEST else Reading(None, f"outside {LOWEST} to {HIGHEST}: {match[0][:20]}")
+
+
+# ---------------------------------------------------------------- report
+
+
+class Judgement(NamedTuple):
+    unit: Hashable            # what was judged: a headline, or a place in the list
+    reading: Reading
+
+
+def read_judgements(path: Path, is_paired: bool) -> tuple[dict[str, list[Judgement]], bool]:
+    """Read {name: [answer, ...]}; return the judgements of each name, and whether units are shared between names.
+
+    An answer is the judge's text, null where none came, or {"headline": ..., "text": ...}: then answers on one
+    headline belong together, within a name and between names. `is_paired` says that the answers of all names stand
+    in the same order of headlines.
+    """
+    by_name = answers.read_json(path)
+    if not isinstance(by_name, dict) or not by_name or not all(isinstance(value, list) and value for value in by_name.values()):
+        raise ValueError(f"{path}: expected an object of name: [answer, ...], with at least one answer for each name")
+    if is_paired and len({len(value) for value in by_name.values()}) > 1:
+        raise ValueError(f"{path}: --paired needs as many answers for each name, but there are "
+                         + ", ".join(f"{len(value)} for {name}" for name, value in by_name.items()))
+    judgements = {name: [judgement_of(answer, place, f"{path}: {name}, answer {place}")
+                         for place, answer in enumerate(value, 1)] for name, value in by_name.items()}
+    n_headlines = sum(isinstance(judgement.unit, str) for value in judgements.values() for judgement in value)
+    if n_headlines not in (0, sum(map(len, judgements.values()))):
+        raise ValueError(f"{path}: some answers have a headline and some have none; give all or none")
+    return judgements, is_paired or n_headlines > 0
+
+
+def judgement_of(answer, place: int, where: str) -> Judgement:
+    headline = None
+    if isinstance(answer, dict) and "text" in answer:
+        headline, answer = answer.get("headline"), answer["text"]
+        if not isinstance(headline, str):
+            raise ValueError(f"{where}: an object with the text of an answer needs its headline too")
+    if answer is None or isinstance(answer, str):
+        reading = read_answer(answer)
+    else:
+        reading = read_answer(json.dumps(answer)) if isinstance(answer, dict) else Reading(None, "not text")
+    return Judgement(place if headline is None else headline, reading)
+
+
+def scores_by_unit(judgements: list[Judgement]) -> dict[Hashable, list[float]]:
+    scores: dict[Hashable, list[float]] = {}
+    for unit, reading in judgements:
+        if reading.score is not None:
+            scores.setdefault(unit, []).append(reading.score)
+    return scores
+
+
+def summarise(judgements: list[Judgement]) -> dict:
+    """Return n, mean, interval, counts of each score, and what the answers without a score could change."""
+    by_unit = scores_by_unit(judgements)
+    scores = [score for values in by_unit.values() for score in values]
+    unparsed = [{"answer": place, "problem": judgement.reading.problem}
+                for place, judgement in enumerate(judgements, 1) if judgement.reading.score is None]
+    # Several answers on one headline are no independent evidence: whole headlines are resampled.
+    low, high = stats.ratio_interval([sum(values) for values in by_unit.values()], [len(values) for values in by_unit.values()])
+    counts = Counter({float(score): 0 for score in range(LOWEST, HIGHEST + 1)})
+    counts.update(scores)
+    return {"n_answers": len(judgements), "n_scored": len(scores), "n_headlines": len(by_unit),
+            "mean": sum(scores) / len(scores) if scores else math.nan, "low": low, "high": high,
+            "counts": {f"{score:g}": counts[score] for score in sorted(counts)}, "unparsed": unparsed,
+            "worst_low": (sum(scores) + LOWEST * len(unparsed)) / len(judgements),
+            "worst_high": (sum(scores) + HIGHEST * len(unparsed)) / len(judgements)}
+
+
+def compare(a: dict[Hashable, list[float]], b: dict[Hashable, list[float]], units_are_shared: bool) -> dict:
+    """Return the difference of two means with its interval and test: paired if most headlines are shared.
+
+    Only headlines that have a score from both enter a paired test.
+    """
+    means_a, means_b = ({unit: sum(values) / len(values) for unit, values in scores.items()} for scores in (a, b))
+    shared = [unit for unit in means_a if unit in means_b]
+    if units_are_shared and 2 * len(shared) > min(len(a), len(b)):
+        differences = [means_a[unit] - means_b[unit] for unit in shared]
+        return {"difference": sum(differences) / len(differences), "interval": stats.mean_interval(differences),
+                "test": "paired", "n": [len(shared)], "p": stats.sign_flip_test(differences), "data": [differences]}
+    x, y = list(means_a.values()), list(means_b.values())
+    difference = sum(x) / len(x) - sum(y) / len(y) if x and y else math.nan
+    return {"difference": difference, "interval": stats.difference_interval(x, y), "test": "two-sample",
+            "n": [len(x), len(y)], "p": stats.two_sample_test(x, y), "data": [x, y]}
+
+
+def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) -> dict:
+    """Return the whole report: {"names": {name: summary}, "pairs": [comparison, ...]}."""
+    by_name = {name: scores_by_unit(value) for name, value in judgements.items()}
+    pairs = [{"a": a, "b": b, **compare(by_name[a], by_name[b], units_are_shared)} for a, b in combinations(by_name, 2)]
+    for pair, p_holm in zip(pairs, stats.holm([pair["p"] for pair in pairs])):
+        pair["p_holm"] = p_holm
+        pair["low"], pair["high"] = pair.pop("interval")
+        # At the level of Holm's strictest step, so that it is a difference this report would have called one.
+        pair["smallest_detectable"] = stats.smallest_detectable_difference(
+            *pair.pop("data"), alpha=ALPHA / len(pairs), power=POWER)
+    return {"names": {name: summarise(value) for name, value in judgements.items()}, "pairs": pairs}

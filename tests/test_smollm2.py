@@ -1,0 +1,134 @@
+"""The teacher's decoder against transformers' own, on a tiny Llama with random weights."""
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="pip install --no-deps -r requirements-teacher.txt")
+
+import offline_teacher
+import smollm2
+
+STOP = 2
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, initializer_range=0.3, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[list[int]]:
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 300, (n,), generator=rng).tolist() for n in (5, 9, 9, 17, 30)]
+
+
+@pytest.fixture(scope="module")
+def decoder(llama, sequences):
+    return smollm2.Decoder(llama, torch.arange(300), sequences)
+
+
+@torch.no_grad()
+def test_scores_are_those_of_transformers(llama, sequences, decoder):
+    for sequence, score in zip(sequences, decoder.mean_log_probabilities(sequences, batch_size=2)):
+        logits = llama(torch.tensor([sequence])).logits[0, :-1]
+        expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(sequence[1:]))
+        assert score == pytest.approx(expected.item(), abs=1e-4)
+
+
+@torch.no_grad()
+def test_greedy_text_follows_transformers_within_eight_bits(llama, sequences, decoder):
+    prompts = [sequence[:n] for sequence, n in zip(sequences, (3, 5, 4, 5, 2))]
+    written = decoder.generate(prompts, 12, 0.01, 0.99, STOP, seed=0)
+    assert all(len(row) == 12 or row for row in written)
+    for prompt, row in zip(prompts, written):
+        logits = llama(torch.tensor([prompt + row])).logits[0]
+        for place, token in enumerate(row, len(prompt) - 1):
+            best = logits[place].max()
+            # int8 may settle a near tie otherwise, never prefer a piece that float32 finds clearly worse.
+            assert logits[place, token] > best - 0.1 * logits[place].std() * 4
+
+
+def test_rows_end_at_the_stop_token(sequences, decoder):
+    prompts = [sequence[:4] for sequence in sequences]
+    free = decoder.generate(prompts, 20, 0.01, 0.99, stop_id=-1, seed=0)
+    stop = free[1][5]
+    stopped = decoder.generate(prompts, 20, 0.01, 0.99, stop_id=stop, seed=0)
+    # Eight bits are scaled over the whole batch, so a row may differ once another has left; it ends where it should.
+    assert all(stop not in row for row in stopped) and stopped[1] == free[1][:len(stopped[1])] and len(stopped[1]) <= 5
+
+
+def test_the_same_seed_writes_the_same_and_only_kept_pieces(llama, sequences):
+    kept = torch.arange(2, 120)
+    decoder = smollm2.Decoder(llama, kept, sequences)
+    prompts = [sequence[:3] for sequence in sequences]
+    first = decoder.generate(prompts, 15, 1.0, 0.0, STOP, seed=4)
+    assert first == decoder.generate(prompts, 15, 1.0, 0.0, STOP, seed=4)
+    assert first != decoder.generate(prompts, 15, 1.0, 0.0, STOP, seed=5)
+    assert {token for row in first for token in row} <= set(kept.tolist())
+
+
+def test_examples_are_batched_once_an_epoch_by_near_length():
+    import random
+    encoded = [(list(range(n)), 2) for n in range(10, 110)]
+    batches = offline_teacher.batches_of_near_length(encoded, 16, 2, random.Random(0))
+    assert sorted(len(ids) for batch in batches for ids, _ in batch) == sorted(2 * list(range(10, 110)))
+    assert all(max(len(ids) for ids, _ in batch) - min(len(ids) for ids, _ in batch) < 16 for batch in batches)
+
+
+def test_the_completion_of_an_example_is_two_lines():
+    assert offline_teacher.completion_of("<h1>Cat found</h1><p>It sat. It slept.</p>") == "Cat found\nIt sat. It slept."
+
+
+def test_a_missing_teacher_is_one_line(run_cli, tmp_path):
+    pytest.importorskip("gguf")
+    done = run_cli("offline_teacher.py", "generate", "--teacher", tmp_path, "--out", tmp_path / "raw", "--bulletins", 1)
+    assert done.returncode == 2 and "offline_teacher.py finetune" in done.stderr and "Traceback" not in done.stderr
+
+
+class StubWriter:
+    """Stands for the models: writes a bulletin about its seed word at once."""
+
+    def __init__(self, args):
+        pass
+
+    def write(self, chunk, asked):
+        story = "The council counted {0} twice. It found {0} in nine of ten streets, {1} more than last year, and told the " \
+                "people who live there. A second count of {0} in the spring cost {1} dollars."
+        return [{"key": key, "seed_words": words, "text": f"<h1>City counts {words[0]} in {key.replace('/', ' and ')} streets"
+                 f"</h1><p>{story.format(words[0], key.replace('/', ''))}</p>"} for key, words in asked]
+
+
+def test_generation_goes_on_where_it_was(tmp_path, monkeypatch):
+    class Pool:                                     # the workers' protocol in this process, so that the stub is seen
+        def __init__(self, n_workers, initializer):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc_info):
+            pass
+
+        def apply_async(self, work, arguments):
+            return type("Result", (), {"get": lambda self: work(*arguments)})()
+
+    monkeypatch.setattr(offline_teacher, "Writer", StubWriter)
+    monkeypatch.setattr(offline_teacher, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
+    monkeypatch.setattr(offline_teacher, "_writer", None)
+    out = tmp_path / "raw"
+    argv = ["generate", "--out", str(out), "--teacher", str(tmp_path), "--batch-size", "16"]
+    (tmp_path / "model.safetensors").touch()
+    assert offline_teacher.main([*argv, "--bulletins", "20"]) == 0
+    whole = (out / "offline.jsonl").read_bytes()
+    keys = [json.loads(line)["key"] for line in whole.splitlines()]
+    assert keys == [f"0/{i}" for i in range(len(keys))] and len(keys) >= 20
+    (out / "offline.jsonl").write_bytes(whole[:-40])               # killed while it wrote the last line
+    assert offline_teacher.main([*argv, "--bulletins", "40"]) == 0
+    keys = [json.loads(line)["key"] for line in (out / "offline.jsonl").read_bytes().splitlines()]
+    assert len(keys) == len(set(keys)) and sorted(keys, key=lambda key: int(key[2:])) == [f"0/{i}" for i in range(len(keys))]
