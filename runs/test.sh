@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/environment.sh
+install requirements-teacher.txt --no-deps      # the tests of export and of the teacher need transformers
 python -m pytest -q "$@"
