@@ -26,11 +26,12 @@ SORTED_BATCHES = 64           # batches whose bulletins are sorted by length tog
 LINES_A_TASK = 2000
 
 
-def load_tokenizer(path: Path, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(path: Path | str, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
     """Load a sentencepiece model and check that it is one of ours and, where vocab_size is given, of that size.
 
     Raises FileNotFoundError or ValueError naming the file.
     """
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such tokenizer")
     proto = path.read_bytes()

@@ -1,6 +1,7 @@
 """What the README tells people to type is there: the scripts, their flags, the files that it names."""
 import json
 import re
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from model import Config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"(?m)^(?:    .*\n)+", README)
+BLOCKS = re.findall(r"(?m)^(?:    .*\n|\n(?=    ))+", README)
 COMMANDS = sorted({line.strip().split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()
                    if re.match(r"    (?:python|torchrun[^\n]*) +[\w./-]+\.py", line)})
 
@@ -30,6 +31,13 @@ def test_a_command_of_the_readme_knows_its_flags(run_cli, command):
     flags = set(re.findall(r"(?<=\s)--?[a-z][\w-]*", command.split(script)[1]))
     known = set(re.findall(r"--?[a-z][\w-]*", help_of(run_cli, script)))
     assert flags <= known
+
+
+def test_the_python_of_the_readme_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code = next(block for block in BLOCKS if "from model import GPT" in block)
+    exec(textwrap.dedent(code), {})
+    assert "Bulletin(headline='farmers count their sheep after flood', story='" in capsys.readouterr().out
 
 
 def test_the_commands_were_found():
