@@ -204,7 +204,7 @@ def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
     accepted, spent = tally.acceptance.accepted, client.spent_usd
     rows = [("this run", ""),
             ("  answers", f"{client.n_answers:,} in {elapsed_s:.1f} s, "
-                          f"{client.n_answers / max(elapsed_s, 1e-3):.1f} a second"),
+                          f"{client.n_answers / max(elapsed_s, 1e-3):.2g} a second"),
             ("  tokens", f"{client.prompt_tokens:,} in, {client.completion_tokens:,} out"),
             *((f"  failed: {cause}", f"{n:,}") for cause, n in client.failures.most_common()),
             ("all runs", ""),
@@ -212,9 +212,9 @@ def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
             ("  tokens", f"{tally.prompt_tokens:,} in, {tally.completion_tokens:,} out"),
             ("  accepted", f"{accepted:,}"),
             *((f"  rejected: {rule}", f"{n:,}") for rule, n in tally.acceptance.rejected.most_common()),
-            ("  dollars", f"{spent:.4f}"),
+            ("  dollars", f"{spent:.4f}" if spent or client.prices is not None else "unknown"),
             ("  of them on answers that never came, at worst", f"{max(0.0, spent - tally.cost_usd):.4f}"),
-            ("  dollars per 1,000 accepted", f"{spent / accepted * 1000:.4f}" if accepted else "-")]
+            ("  dollars per 1,000 accepted", f"{spent / accepted * 1000:.4f}" if accepted and spent else "-")]
     return "\n".join(f"{name:<48}{value}".rstrip() for name, value in rows)
 
 

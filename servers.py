@@ -147,7 +147,8 @@ def find_model(listing: object, wanted: str | None, default: str, base_url: str)
     if expires is not None and expires <= datetime.now(timezone.utc).date() + timedelta(days=1):
         raise ValueError(f"--model {wanted}: {base_url} withdraws it on {expires}; choose another")
     pricing = card.get("pricing") if isinstance(card.get("pricing"), dict) else None
-    length = card.get("context_length")
+    meta = card.get("meta") if isinstance(card.get("meta"), dict) else {}
+    length = card.get("context_length", meta.get("n_ctx"))             # OpenRouter's name for it, and llama.cpp's
     return Model(wanted, listed_prices(pricing or {}), length if isinstance(length, int) else None, expires,
                  pricing is not None)
 
