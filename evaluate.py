@@ -5,7 +5,7 @@ report   Reads a judge's answers, {name: [answer, ...]}; prints means, 95% inter
 quality  Reads bulletins (sample.py --json, or corpus lines) and the corpus; prints measures that need no judge, each
          beside the same measure on held-out bulletins. No key, no network, no model.
 Writes:  results to standard output, as text or with --json; report --plot FILE draws the means.
-Run:     python evaluate.py loss                                        # 1,000 bulletins, 3M: 8 s on 2 CPU cores
+Run:     python evaluate.py loss                                        # 546 bulletins, 3M: 11 s on 2 CPU cores
          python evaluate.py report --judgements judgements.json         # 6 names of 128 answers: 5 s on 2 CPU cores
          python evaluate.py quality --samples samples.jsonl             # 700 samples, 21,000 training bulletins: 11 s
 """
