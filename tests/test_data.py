@@ -1,5 +1,4 @@
 """Bulletins as tokens: the tokenizer, the cached encoding, batches of near-equal length, and what bad input says."""
-import json
 import lzma
 import shutil
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 import data
 from bulletins import Bulletin
-from data import IGNORED, load_split, load_tokenizer, load_tokens
+from data import IGNORED, load_split, load_tokenizer
 
 CONTEXT = 256
 

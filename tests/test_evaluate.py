@@ -183,7 +183,7 @@ def test_answer_cut_anywhere_gives_its_score_or_none(text):
 @pytest.mark.parametrize("text", ['x", "evaluation": 4' + " " * 20_000 + "x", '"' * 20_000, '", ' * 10_000,
                                   '"' + "\n" * 20_000 + "x", '"evaluation": ' * 5000])
 def test_degenerate_answers_do_not_hang(text):
-    judged.read_answer(text)
+    assert judged.read_answer(text).score in (None, 4.0)
 
 
 # ---------------------------------------------------------------- report
