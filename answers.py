@@ -59,8 +59,13 @@ def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int, n_word
 
 
 def answer_files(folder: Path) -> list[Path]:
-    """Return the files of raw answers in a folder: *.jsonl.xz, which were put away, then *.jsonl, each by name."""
-    return sorted(folder.glob("*.jsonl.xz")) + sorted(folder.glob("*.jsonl"))
+    """Return the files of raw answers in a folder, *.jsonl and *.jsonl.xz, in the order of their names.
+
+    ".xz" does not count, and "-" comes before ".": a file keeps its place when it is compressed, and when it is put away
+    as offline-000.jsonl.xz, say, before an offline.jsonl that is begun anew.
+    """
+    paths = [*folder.glob("*.jsonl"), *folder.glob("*.jsonl.xz")]
+    return sorted(paths, key=lambda path: (path.name.removesuffix(".xz"), path.name))
 
 
 def read_answers(folder: Path) -> Iterator[dict]:

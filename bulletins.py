@@ -3,35 +3,25 @@
 Reads:   a folder of raw answers (*.jsonl, see answers.py).
 Writes:  train.txt and validation.txt (one bulletin a line: lower case, "headline </h> story"), report.json (how many
          bulletins fell to which rule) and rejected.jsonl (each of them: rule, key, headline) in --out.
-         With --shards: train-000.txt.xz, train-001.txt.xz ... and validation.txt.xz; shards that exist are never rewritten.
+         With --shards: validation.txt.xz and train-000.txt.xz, train-001.txt.xz ..., never rewritten (see corpus.py).
 Run:     python bulletins.py --raw training_data/raw --out training_data        # 14,000 answers: 9 s on 2 CPU cores
 """
 import argparse
 import hashlib
 import html
 import json
-import lzma
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import answers
 import cli
 
 SEPARATOR = "</h>"
 MIN_SCORE = -6.2              # lowest mean log-probability a token, in nats, where the answer carries a score
-TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams from which two bulletins are near-duplicates
-VALIDATION_SHARE = 20         # one bulletin in so many goes to validation ...
-MAX_VALIDATION = 1000         # ... until there are this many: enough to measure a loss to 0.01
 STOP_WORDS = frozenset("""
     all and any are but can did few for had has her him his how its may new not now off one our out own saw say says she
     six ten the too two was way who why yet you
@@ -175,42 +165,18 @@ class Acceptance:
         """Return the verdict, turned to "repeated" if its headline or story stood before; remember both if not."""
         if verdict.rule is not None:
             return verdict
-        digests = [hashlib.blake2b(text.lower().encode(), digest_size=12).digest() for text in verdict.bulletin]
-        if any(digest in self._seen for digest in digests):
+        if not self._seen.isdisjoint(digests_of(verdict.bulletin)):
             return verdict._replace(rule="repeated")
-        self._seen.update(digests)
+        self.remember(verdict.bulletin)
         return verdict
 
+    def remember(self, bulletin: Bulletin) -> None:
+        self._seen.update(digests_of(bulletin))
 
-# ---------------------------------------------------------------- near-duplicates
 
-
-class TwinFinder:
-    """Finds near-duplicates of earlier bulletins by MinHash and locality-sensitive hashing (Broder 1997; rensa)."""
-
-    N_PERMUTATIONS, N_BANDS = 64, 16      # a pair at similarity 0.5 shares one of 16 bands of 4 with probability 0.64
-
-    def __init__(self):
-        from rensa import RMinHashLSH
-        self._index = RMinHashLSH(TWIN_SIMILARITY, self.N_PERMUTATIONS, self.N_BANDS)
-        self._sketches = []
-
-    @classmethod
-    def sketch(cls, bulletin: Bulletin):
-        """Return the MinHash of the word 3-grams of a bulletin."""
-        from rensa import RMinHash
-        words = re.findall(r"[\w']+", f"{bulletin.headline} {bulletin.story}".lower())
-        sketch = RMinHash(cls.N_PERMUTATIONS, seed=0)
-        sketch.update([" ".join(words[i:i + 3]) for i in range(len(words) - 2)])
-        return sketch
-
-    def is_twin(self, sketch) -> bool:
-        """Tell whether a near-duplicate came before; remember the bulletin if none did."""
-        if any(sketch.jaccard(self._sketches[i]) >= TWIN_SIMILARITY for i in self._index.query(sketch)):
-            return True
-        self._index.insert(len(self._sketches), sketch)
-        self._sketches.append(sketch)
-        return False
+def digests_of(bulletin: Bulletin) -> tuple[bytes, ...]:
+    """Return 12 bytes each that stand for headline and story, upper and lower case being the same."""
+    return tuple(hashlib.blake2b(text.lower().encode(), digest_size=12).digest() for text in bulletin)
 
 
 # ---------------------------------------------------------------- corpus
@@ -229,156 +195,6 @@ def bulletin_of(line: str) -> Bulletin:
     return Bulletin(*parts)
 
 
-def belongs_to_validation(line: str) -> bool:
-    """Decide by its headline's hash alone, so that a bulletin stays on its side however the corpus grows."""
-    headline = line.split(f" {SEPARATOR} ", 1)[0]
-    return int.from_bytes(hashlib.blake2b(headline.encode(), digest_size=8).digest()) % VALIDATION_SHARE == 0
-
-
-def judge_and_sketch(answer: dict) -> list[tuple[Verdict, object]]:
-    return [(verdict, TwinFinder.sketch(verdict.bulletin) if verdict.rule is None else None)
-            for verdict in judge_answer(answer)]
-
-
-def clean(raw: Iterable[dict], n_jobs: int = 1) -> Iterator[Verdict]:
-    """Yield the verdict on every bulletin of the raw answers, in order: rules, exact repeats, near-duplicates.
-
-    The first of two twins stands. Judging is spread over processes; what depends on order is done here.
-    """
-    acceptance, twins = Acceptance(), TwinFinder()
-    with start_workers(n_jobs) if n_jobs > 1 else nullcontext() as pool:
-        judged = pool.imap(judge_and_sketch, raw, chunksize=256) if pool else map(judge_and_sketch, raw)
-        for pairs in judged:
-            for verdict, sketch in pairs:
-                verdict = acceptance.unless_repeated(verdict)
-                if verdict.rule is None and twins.is_twin(sketch):
-                    verdict = verdict._replace(rule="near_duplicate")
-                yield verdict
-
-
-def start_workers(n_jobs: int):
-    """Return a pool of processes that end when the pool tells them to (SIGTERM), and leave Ctrl-C to this one.
-
-    Forked while cli.run has both raise KeyboardInterrupt, a worker could print it, or swallow it and never end; so the
-    signals wait until the worker has put that right.
-    """
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
-    try:
-        return multiprocessing.Pool(n_jobs, initializer=restore_signals)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def restore_signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
-
-
-def fingerprint(raw: Path) -> str:
-    """Return a hash of the raw files and of the rules, to know when nothing has changed since the last cleaning."""
-    digest = hashlib.sha256()
-    for path in [*answers.answer_files(raw), Path(__file__), Path(answers.__file__)]:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def write_corpus(raw: Path, out: Path, n_jobs: int) -> dict:
-    """Clean a folder of raw answers into train.txt and validation.txt and return the report.
-
-    Every file is written beside its place and renamed. When neither the raw answers nor the rules have changed since
-    the report was written, it is returned as it is.
-    Raises FileNotFoundError if the folder holds no answers, ValueError for a broken line.
-    """
-    if not answers.answer_files(raw):
-        raise FileNotFoundError(f"{raw}: no raw answers (*.jsonl); python generate_training_data.py or offline_teacher.py")
-    report_path, source = out / "report.json", fingerprint(raw)
-    names = ["train.txt", "validation.txt", "rejected.jsonl"]
-    if report_path.exists() and all((out / name).exists() for name in names):
-        report = answers.read_json(report_path)
-        if report.get("fingerprint") == source:
-            return report
-    out.mkdir(parents=True, exist_ok=True)
-    counts, rejected = Counter(), Counter()
-    partial = {name: out / f"{name}.partial" for name in names}
-    with (open(partial["train.txt"], "w", encoding="utf-8") as train,
-          open(partial["validation.txt"], "w", encoding="utf-8") as validation,
-          open(partial["rejected.jsonl"], "w", encoding="utf-8") as fallen):
-        for verdict in clean(count_items(answers.read_answers(raw), counts, "answers"), n_jobs):
-            counts["bulletins"] += 1
-            if verdict.rule is not None:
-                rejected[verdict.rule] += 1
-                fallen.write(json.dumps({"rule": verdict.rule, "key": verdict.key,
-                                         "headline": verdict.bulletin.headline}) + "\n")
-                continue
-            line = line_of(verdict.bulletin)
-            is_validation = counts["validation"] < MAX_VALIDATION and belongs_to_validation(line)
-            counts["validation" if is_validation else "train"] += 1
-            (validation if is_validation else train).write(line + "\n")
-    report = {**{name: counts[name] for name in ("answers", "bulletins", "train", "validation")},
-              "rejected": dict(rejected.most_common()), "fingerprint": source}
-    for name in names:
-        os.replace(partial[name], out / name)
-    partial_report = out / "report.json.partial"
-    partial_report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial_report, report_path)
-    return report
-
-
-def count_items(items: Iterable, counts: Counter, name: str) -> Iterator:
-    for item in items:
-        counts[name] += 1
-        yield item
-
-
-def open_text(path: Path):
-    """Open a plain or .xz text file for reading."""
-    return lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
-
-
-def corpus_files(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split, "train" or "validation": the plain one, or else its .xz file or shards, in order.
-
-    Raises FileNotFoundError if there is none.
-    """
-    plain = folder / f"{split}.txt"
-    paths = [plain] if plain.exists() else sorted(folder.glob(f"{split}.txt.xz")) + sorted(folder.glob(f"{split}-*.txt.xz"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no {split}.txt, {split}.txt.xz or {split}-000.txt.xz; see README, Data")
-    return paths
-
-
-def write_shards(out: Path, shard_size: int) -> list[Path]:
-    """Compress what train.txt holds beyond the shards that exist into new ones, and validation.txt once.
-
-    A corpus only grows at its end, so a shard that was published stays as it is, to the byte.
-    Raises ValueError if the existing shards are not the beginning of train.txt.
-    """
-    with open(out / "train.txt", encoding="utf-8") as train:
-        shards = sorted(out.glob("train-*.txt.xz"))
-        for shard in shards:
-            with open_text(shard) as published:
-                if any(line != train.readline() for line in published):
-                    raise ValueError(f"{shard}: not what the raw answers give now; the shards are never rewritten, "
-                                     "so clean with the rules that made them")
-        new = []
-        while lines := list(islice(train, shard_size)):
-            new.append(out / f"train-{len(shards) + len(new):03}.txt.xz")
-            write_xz(new[-1], "".join(lines))
-    if not (out / "validation.txt.xz").exists():
-        new.append(out / "validation.txt.xz")
-        write_xz(new[-1], (out / "validation.txt").read_text(encoding="utf-8"))
-    return new
-
-
-def write_xz(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
-    os.replace(partial, path)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=Path, default=Path("training_data/raw"), help="default: %(default)s")
@@ -392,9 +208,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--jobs must be at least 1, not {args.jobs}")
         if args.shards is not None and args.shards < 1:
             raise ValueError(f"--shards must be at least 1, not {args.shards}")
+        from cleaning import publish, write_corpus        # here, as cleaning builds on this module
         report = write_corpus(args.raw, args.out, args.jobs)
-        print(json.dumps({name: value for name, value in report.items() if name != "fingerprint"}, indent=1))
-        for path in write_shards(args.out, args.shards) if args.shards else []:
+        print(json.dumps({name: value for name, value in report.items() if name not in ("fingerprint", "published")}, indent=1))
+        for path in publish(args.raw, args.out, args.shards) if args.shards else []:
             print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
 
     return cli.run(command)

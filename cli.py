@@ -1,4 +1,5 @@
 """What every command does the same way: exit codes, and leaving by Ctrl-C or SIGTERM with the work saved."""
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
@@ -31,3 +32,22 @@ def run(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def start_workers(n_jobs: int):
+    """Return a pool of processes that end when the pool tells them to (SIGTERM), and leave Ctrl-C to this one.
+
+    Forked while run() has both raise KeyboardInterrupt, a worker could print it, or swallow it and never end; so the
+    signals wait until the worker has put that right.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+    try:
+        return multiprocessing.Pool(n_jobs, initializer=restore_signals)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def restore_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])

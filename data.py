@@ -6,7 +6,6 @@ tokens are kept in .tokens/ beside it, under a name made of the hashes of the te
 import hashlib
 import io
 import json
-import lzma
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bulletins import SEPARATOR, Bulletin, corpus_files, open_text, start_workers
+from bulletins import SEPARATOR, Bulletin
+from cli import start_workers
+from corpus import corpus_files, lines_of
 
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
@@ -144,21 +145,6 @@ def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
     well_formed = [line.count(SEPARATOR) == line.count(f" {SEPARATOR} ") == 1 for line in lines]
     return [([bos, *ids, eos] if ok else [], len(line.encode()))
             for line, ids, ok in zip(lines, tokenizer.encode(lines), well_formed)]
-
-
-def lines_of(paths: list[Path]) -> Iterator[str]:
-    """Yield the lines of text files, without their ends, passing over empty ones.
-
-    Raises FileNotFoundError, or ValueError naming the file that is not UTF-8 or not xz.
-    """
-    for path in paths:
-        try:
-            with open_text(path) as file:
-                yield from (line.strip() for line in file if line.strip())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except (lzma.LZMAError, EOFError) as error:
-            raise ValueError(f"{path}: not a whole xz file ({error})") from None
 
 
 def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]]]:

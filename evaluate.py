@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import bulletins
+import cleaning
 import cli
 import quality
 import stats
@@ -98,7 +98,7 @@ def quality_of(samples_path: Path, data: Path, max_bulletins: int) -> dict:
             raise ValueError(f"{path}: no bulletins")
         if len(sets[name]) > max_bulletins:
             sets[name] = random.Random(0).sample(sets[name], max_bulletins)
-    training = bulletins.count_items(quality.read_corpus(data, "train"), n_training, "training")
+    training = cleaning.count_items(quality.read_corpus(data, "train"), n_training, "training")
     measures = quality.compare(sets, training)
     return {**{f"n_{name}": len(members) for name, members in sets.items()}, "n_training": n_training["training"],
             "measures": measures}

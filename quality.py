@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import bulletins
+import cleaning
+import corpus
 import stats
 
 DIVERSITY_ORDERS = (1, 2, 3, 4)
@@ -37,7 +39,7 @@ def read_samples(path: Path) -> Iterator[Sample]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; python sample.py --json writes one")
     try:
-        with bulletins.open_text(path) as file:
+        with corpus.open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield sample_of(line, f"{path}:{number}")
@@ -63,7 +65,7 @@ def sample_of(line: str, where: str) -> Sample:
 
 def read_corpus(folder: Path, split: str) -> Iterator[Sample]:
     """Yield the bulletins of a split of the corpus, "train" or "validation"."""
-    for path in bulletins.corpus_files(folder, split):
+    for path in corpus.corpus_files(folder, split):
         yield from read_samples(path)
 
 
@@ -170,7 +172,7 @@ def per_bulletin(samples: list[Sample], runs: list[list[int]],
             add(f"unseen_{n}_grams", sum(run < n for run in story_runs[:n_places]), n_places)
         add("longest_copied_run", max(story_runs, default=0))
         add("nearest_training_story", similarity)
-        add("near_duplicates_of_training", similarity >= bulletins.TWIN_SIMILARITY)
+        add("near_duplicates_of_training", similarity >= cleaning.TWIN_SIMILARITY)
     return measures
 
 

@@ -1,5 +1,6 @@
 """Raw answers on disk: whole lines only, one writer, nothing asked twice."""
 import json
+import lzma
 import os
 import resource
 import subprocess
@@ -28,6 +29,23 @@ def test_what_is_appended_is_read_again(tmp_path):
         assert file.is_answered("0/0", ["Zoë", "two"]) and not file.is_answered("0/1", ["x"])
         with pytest.raises(ValueError, match="another --seed"):
             file.is_answered("0/0", ["other", "words"])
+
+
+def test_files_keep_their_order_when_they_are_compressed_and_put_away(tmp_path):
+    def names_after(rename: dict[str, str]) -> list[str]:
+        for old, new in rename.items():
+            (tmp_path / new).write_bytes(lzma.compress((tmp_path / old).read_bytes()))
+            (tmp_path / old).unlink()
+        return [path.name for path in answers.answer_files(tmp_path)]
+
+    for name in ("offline-000", "offline", "generated", "zoo"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(answer(name)) + "\n")
+    assert names_after({}) == ["generated.jsonl", "offline-000.jsonl", "offline.jsonl", "zoo.jsonl"]
+    order = keys_in(tmp_path)
+    assert names_after({"offline.jsonl": "offline-001.jsonl.xz", "zoo.jsonl": "zoo.jsonl.xz"}) == [
+        "generated.jsonl", "offline-000.jsonl", "offline-001.jsonl.xz", "zoo.jsonl.xz"]
+    (tmp_path / "offline.jsonl").write_text(json.dumps(answer("begun anew")) + "\n")
+    assert keys_in(tmp_path) == [*order[:3], "begun anew", order[3]]
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "0/1", "seed_wor', b"{", b"\xc3", b"x" * 200_000])

@@ -1,5 +1,4 @@
-"""Bulletins as text: what parse makes of broken answers, what falls to which rule, and the corpus that is written."""
-import json
+"""Bulletins as text: what parse makes of broken answers, and what falls to which rule."""
 import random
 import re
 
@@ -11,6 +10,10 @@ from bulletins import Bulletin, broken_rule, parse
 STORY = ("A storm broke two bridges in a small river town before dawn. Crews will need three weeks to build new ones. "
          "Until then, a free ferry takes people to work and children to school.")
 GOOD = Bulletin("Storm breaks two bridges in a river town", STORY)
+
+
+def html_of(bulletin: Bulletin) -> str:
+    return f"<h1>{bulletin.headline}</h1><p>{bulletin.story}</p>"
 
 
 # ---------------------------------------------------------------- parsing
@@ -165,182 +168,7 @@ def test_a_bulletin_that_fell_does_not_make_its_like_a_repeat():
     assert acceptance.accepted == 1
 
 
-# ---------------------------------------------------------------- corpus
-
-
-def html_of(bulletin: Bulletin) -> str:
-    return f"<h1>{bulletin.headline}</h1><p>{bulletin.story}</p>"
-
-
-def write_raw(folder, texts: list[str], start: int = 0, name: str = "a.jsonl") -> None:
-    folder.mkdir(exist_ok=True)
-    with (folder / name).open("a") as file:
-        for i, text in enumerate(texts, start):
-            file.write(json.dumps({"key": f"0/{i}", "seed_words": ["x"], "text": text}) + "\n")
-
-
-@pytest.fixture(scope="session")
-def texts(lines) -> list[str]:
-    """400 answers: two good bulletins each for a while, some broken, some twins with one word changed."""
-    good = [html_of(Bulletin(*line.split(" </h> "))) for line in lines]
-    answers = [good[i] + good[i + 1] for i in range(0, 600, 2)]
-    answers += [good[i].replace("<h1>", "<h1>new ", 1).replace("<p>", "<p>today, ", 1) for i in range(0, 40)]
-    answers += [good[1], "<h1>A short one", f"Sure!{good[700]}\n\nNote: done.", "No."]
-    return answers + [f"<h1>{line}" for line in good[601:657]]
-
-
-@pytest.fixture(scope="session")
-def corpus(texts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_raw(folder / "raw", texts)
-    bulletins.write_corpus(folder / "raw", folder / "one", n_jobs=1)
-    return folder
-
-
-def read(path) -> list[str]:
-    return path.read_text().splitlines()
-
-
-def test_the_report_adds_up_and_the_fallen_can_be_found(corpus, texts):
-    report = json.loads((corpus / "one" / "report.json").read_text())
-    assert report["answers"] == len(texts) == 400
-    assert report["bulletins"] == report["train"] + report["validation"] + sum(report["rejected"].values())
-    assert report["bulletins"] == sum(len(parse(text)) for text in texts)
-    train, validation = read(corpus / "one" / "train.txt"), read(corpus / "one" / "validation.txt")
-    assert (len(train), len(validation)) == (report["train"], report["validation"])
-    assert report["rejected"] == {"near_duplicate": 40, "repeated": 1, "no_story": 1} and report["train"] > 600
-    fallen = [json.loads(line) for line in read(corpus / "one" / "rejected.jsonl")]
-    assert len(fallen) == 42
-    assert {"rule": "no_story", "key": "0/341", "headline": "A short one"} in fallen
-    repeat = next(entry for entry in fallen if entry["rule"] == "repeated")
-    assert repeat["key"] == "0/340" and repeat["headline"] in texts[0]
-
-
-def test_lines_of_the_corpus(corpus):
-    for line in read(corpus / "one" / "train.txt"):
-        assert line == line.lower() and line.isascii() and line.count(" </h> ") == line.count("</h>") == 1
-        assert bulletins.line_of(bulletins.bulletin_of(line)) == line
-
-
 @pytest.mark.parametrize("line", ["no separator", "two </h> of </h> them", "a </h> b</h>c", "a</h>b", "</h> only a story"])
 def test_lines_that_are_no_bulletins(line):
     with pytest.raises(ValueError, match="</h>"):
         bulletins.bulletin_of(line)
-
-
-def trigrams(line: str) -> set:
-    words = re.findall(r"[\w']+", line.replace("</h>", ""))
-    return {tuple(words[i:i + 3]) for i in range(len(words) - 2)}
-
-
-def test_no_near_twin_across_the_split(corpus):
-    train, validation = ([trigrams(line) for line in read(corpus / "one" / f"{split}.txt")] for split in ("train", "validation"))
-    assert 15 < len(validation) < 60
-    assert max(len(a & b) / len(a | b) for a in validation for b in train) < bulletins.TWIN_SIMILARITY
-
-
-def test_near_duplicates_are_found_by_how_much_they_share(lines):
-    rng = random.Random(1)
-    words = [line.replace(" </h> ", " ").split() for line in lines[:100]]
-    finder, found = bulletins.TwinFinder(), {1: 0, 30: 0}
-    for row in words:
-        assert not finder.is_twin(finder.sketch(Bulletin("", " ".join(row))))
-    for n_changed in found:
-        for row in words:
-            changed = list(row)
-            for i in rng.sample(range(len(row)), n_changed):
-                changed[i] = f"other{i}"
-            found[n_changed] += finder.is_twin(finder.sketch(Bulletin("", " ".join(changed))))
-    assert found[1] >= 99 and found[30] <= 1
-
-
-def test_processes_give_the_same_bytes(corpus):
-    bulletins.write_corpus(corpus / "raw", corpus / "two", n_jobs=2)
-    for name in ("train.txt", "validation.txt", "rejected.jsonl", "report.json"):
-        assert (corpus / "two" / name).read_bytes() == (corpus / "one" / name).read_bytes()
-
-
-def test_nothing_changed_nothing_done_and_a_grown_corpus_keeps_its_sides(tmp_path, texts):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    write_raw(raw, texts[:150])
-    report = bulletins.write_corpus(raw, out, n_jobs=1)
-    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    before = {split: read(out / f"{split}.txt") for split in ("train", "validation")}
-    assert len(before["validation"]) > 5
-    assert set(times) == {"train.txt", "validation.txt", "rejected.jsonl", "report.json"}
-    assert bulletins.write_corpus(raw, out, n_jobs=1) == report
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
-    write_raw(raw, texts[150:300], start=150)
-    grown = bulletins.write_corpus(raw, out, n_jobs=1)
-    assert grown["bulletins"] == 600 and grown["fingerprint"] != report["fingerprint"]
-    for split, earlier in before.items():
-        after = read(out / f"{split}.txt")
-        assert after[:len(earlier)] == earlier and len(after) > len(earlier)
-    (out / "train.txt").unlink()
-    bulletins.write_corpus(raw, out, n_jobs=1)
-    assert len(read(out / "train.txt")) == grown["train"]
-
-
-def test_validation_stops_growing(tmp_path, texts, monkeypatch):
-    monkeypatch.setattr(bulletins, "MAX_VALIDATION", 3)
-    write_raw(tmp_path / "raw", texts[:150])
-    report = bulletins.write_corpus(tmp_path / "raw", tmp_path / "out", n_jobs=1)
-    assert report["validation"] == 3 and report["train"] == report["bulletins"] - 3
-
-
-def test_shards_are_never_rewritten(tmp_path, texts, monkeypatch):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    write_raw(raw, texts[:100])
-    bulletins.write_corpus(raw, out, n_jobs=1)
-    first = bulletins.write_shards(out, 80)
-    assert [path.name for path in first] == ["train-000.txt.xz", "train-001.txt.xz", "train-002.txt.xz", "validation.txt.xz"]
-    published = {path: path.read_bytes() for path in first}
-    assert bulletins.write_shards(out, 80) == []
-    write_raw(raw, texts[100:150], start=100)
-    bulletins.write_corpus(raw, out, n_jobs=1)
-    assert [path.name for path in bulletins.write_shards(out, 80)] == ["train-003.txt.xz", "train-004.txt.xz"]
-    assert {path: path.read_bytes() for path in first} == published
-    train = read(out / "train.txt")
-    (out / "train.txt").unlink()
-    assert [line.rstrip("\n") for path in bulletins.corpus_files(out, "train") for line in bulletins.open_text(path)] == train
-    monkeypatch.setitem(bulletins.RULES, "headline_length", lambda b: len(b.headline) > 40)
-    bulletins.write_corpus(raw, out, n_jobs=1)
-    with pytest.raises(ValueError, match="train-000.txt.xz.*never rewritten"):
-        bulletins.write_shards(out, 80)
-    assert {path: path.read_bytes() for path in first} == published
-
-
-# ---------------------------------------------------------------- the command
-
-
-def test_the_command_passes_over_a_torn_last_line(tmp_path, texts, run_cli):
-    write_raw(tmp_path / "raw", texts[:20])
-    with (tmp_path / "raw" / "a.jsonl").open("a") as file:
-        file.write('{"key": "0/20", "seed_words": ["x"], "te')
-    done = run_cli("bulletins.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--shards", 30, "--jobs", 1)
-    assert done.returncode == 0 and json.loads(done.stdout)["answers"] == 20
-    assert "train-001.txt.xz" in done.stderr and (tmp_path / "out" / "train-001.txt.xz").exists()
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"key": "0/20", "seed_', "not JSON"), ("[1]", "expected an object"), ('{"key": "0/1", "text": "a"}', "seed_words"),
-    ('{"key": "0/1", "seed_words": [], "text": null}', "text a string"), ("\xff", "not JSON")])
-@pytest.mark.parametrize("n_jobs", [1, 2])
-def test_a_broken_line_is_named(tmp_path, texts, line, message, n_jobs):
-    write_raw(tmp_path / "raw", texts[:3])
-    with (tmp_path / "raw" / "a.jsonl").open("ab") as file:
-        file.write(line.encode("latin-1") + b"\n")
-    write_raw(tmp_path / "raw", texts[3:6], start=3)
-    with pytest.raises(ValueError, match=rf"a\.jsonl:4: .*{message}"):
-        bulletins.write_corpus(tmp_path / "raw", tmp_path / "out", n_jobs)
-    assert not (tmp_path / "out" / "train.txt").exists()
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--jobs", 2], "a.jsonl:1: not JSON"), (["--raw", "nowhere"], "nowhere: no raw answers"), (["--jobs", 0], "--jobs"),
-    (["--shards", -1], "--shards")])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_cli, options, message):
-    (tmp_path / "a.jsonl").write_text("broken\n{}\n")
-    done = run_cli("bulletins.py", "--raw", tmp_path, "--out", tmp_path / "out", *options)
-    assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1

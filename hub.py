@@ -1,0 +1,20 @@
+"""Folders by name: on disk, or in a repository on the Hugging Face hub."""
+from pathlib import Path
+
+
+def find_folder(name: Path | str, kind: str, patterns: list[str]) -> Path:
+    """Return the folder that a name stands for: a path, or an id such as "user/name", fetched from the hub or its cache.
+
+    kind: "model" or "dataset"; patterns: the files wanted of a repository, such as ["config.json", "tokenizer.*"].
+    A folder that exists goes before an id. HF_ENDPOINT and HF_HOME are respected, as huggingface_hub does.
+    Raises FileNotFoundError if the hub does not give what looks like an id; what can only be a path is not checked.
+    """
+    name = str(name)
+    if Path(name).is_dir() or name.count("/") != 1 or name.startswith("."):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name}: no such folder, and the hub gave no such {kind} ({type(error).__name__})") from None
