@@ -1,4 +1,4 @@
-"""The TinyNews GPT: its config, its forward pass, batched generation with a KV cache, and the folder it lives in.
+"""The TinyNews GPT: its config, its forward pass, and the folder it lives in.
 
 A GPT-2-style decoder (Radford et al. 2019): pre-norm blocks, learned positions, causal attention, exact GELU, an
 untied output head. Names of weights and config keys are those of the published models and must stay.
@@ -16,6 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+
+import generation
+from generation import KVCache
 
 # Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
@@ -135,40 +138,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
-class KVCache:
-    """Keys and values of the tokens read so far, for every layer, allocated once.
-
-    keys and values: [layers, B, H, capacity, D]. Columns 0 .. n_columns are filled. Rows may hold padding in front;
-    which columns are real is the business of the attention mask.
-    """
-
-    def __init__(self, config: ModelConfig, n_rows: int, capacity: int, like: torch.Tensor):
-        shape = (config.n_layers, n_rows, config.n_heads, capacity, config.d_embedding // config.n_heads)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.n_columns = 0
-
-    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values [B, H, T, D] of new tokens and return those of all tokens so far [B, H, S, D]."""
-        n_rows, end = keys.shape[0], self.n_columns + keys.shape[2]
-        self.keys[layer, :n_rows, :, self.n_columns:end] = keys
-        self.values[layer, :n_rows, :, self.n_columns:end] = values
-        return self.keys[layer, :n_rows, :, :end], self.values[layer, :n_rows, :, :end]
-
-    def keep(self, goes_on: torch.Tensor) -> torch.Tensor:
-        """Forget the rows that have ended; the last ones move into their places.
-
-        goes_on [B] tells which rows stay. Returns which row now stands where, [rows that stay].
-        """
-        n_kept = int(goes_on.sum())
-        gaps = (~goes_on[:n_kept]).nonzero().squeeze(1)
-        movers = n_kept + goes_on[n_kept:].nonzero().squeeze(1)
-        for stored in (self.keys, self.values):
-            stored[:, gaps, :, :self.n_columns] = stored[:, movers, :, :self.n_columns]
-        order = torch.arange(n_kept, device=goes_on.device)
-        order[gaps] = movers
-        return order
-
-
 class CausalAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -207,55 +176,6 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, layer: int, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
         x = x + self.att(self.norm1(x), layer, cache, mask)
         return x + self.ff(self.norm2(x))
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    """Raise ValueError for sampling options that mean nothing."""
-    if not (temperature == 0 or 1e-3 <= temperature < float("inf")):
-        raise ValueError(f"temperature must be 0 or from 0.001 up, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
-
-
-class Draw:
-    """Draws one token a row from logits, each row with random numbers of its own.
-
-    The numbers of row i come from a generator seeded with seed + i, all drawn at the start: a row's text does not
-    depend on the rows beside it, and no step loops over rows.
-    """
-
-    def __init__(self, n_rows: int, n_steps: int, temperature: float, top_k: int | None, top_p: float | None,
-                 min_p: float | None, seed: int | None, device: torch.device):
-        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
-        if temperature > 0:
-            seed = torch.seed() % 2**62 if seed is None else seed
-            dice = [torch.rand(n_steps, generator=torch.Generator().manual_seed(seed + row)) for row in range(n_rows)]
-            self.dice = torch.stack(dice).to(device)               # [rows, steps], uniform in [0, 1)
-
-    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """Return a token for each of the given rows, [B, V] -> [B]."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        probabilities = (logits / self.temperature).softmax(-1)
-        if self.top_k is not None:
-            least = probabilities.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            probabilities = probabilities.where(probabilities >= least, 0)
-        if self.min_p is not None:
-            probabilities = probabilities.where(probabilities >= self.min_p * probabilities.amax(-1, keepdim=True), 0)
-        if self.top_p is not None:
-            ranked, order = probabilities.sort(descending=True)
-            is_beyond = ranked.cumsum(-1) - ranked >= self.top_p * ranked.sum(-1, keepdim=True)
-            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(is_beyond, 0))
-        cumulative = probabilities.cumsum(-1)                      # inverse transform sampling
-        point = self.dice[rows, step, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 # ---------------------------------------------------------------- model
@@ -311,7 +231,6 @@ class GPT(nn.Module):
         is_future = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
         return (q @ k.mT / head_size**0.5).masked_fill(is_future, -torch.inf).softmax(-1)
 
-    @torch.inference_mode()
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, min_p: float | None = None, stop_id: int | None = EOS,
                  seed: int | None = None) -> list[list[int]]:
@@ -319,47 +238,16 @@ class GPT(nn.Module):
 
         At temperature 0 each row is, id for id, what it would be alone and without a cache. A row ends at stop_id,
         after max_new_tokens, or where its context is full. top_k keeps the likeliest tokens, top_p the likeliest that
-        together reach this probability, min_p those at least this share as likely as the likeliest. With a seed, each row draws from a generator of its own
-        (seed + row), so that its text does not depend on the rows beside it.
+        together reach this probability, min_p those at least this share as likely as the likeliest. With a seed, each
+        row draws from a generator of its own (seed + row), so that its text does not depend on the rows beside it.
         Raises ValueError for an empty prompt, one longer than the context, or ids outside the vocabulary.
         """
         self._check_prompts(prompts)
-        check_sampling(temperature, top_k, top_p, min_p)
+        generation.check_sampling(temperature, top_k, top_p, min_p)
         if not prompts or max_new_tokens < 1:
             return [list(prompt) for prompt in prompts]
-        device = self.tok_emb.weight.device
-        width = max(map(len, prompts))
-        capacity = width + max_new_tokens
-        n_pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)   # prompts end together
-        ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        columns = torch.arange(capacity, device=device)
-        is_real = columns >= n_pads[:, None]                                                # (B, S)
-        is_padded = bool(n_pads.any())
-        mask = None
-        if is_padded:
-            mask = is_real[:, None, None, :width] & (columns[:width] <= columns[:width, None])
-            mask = mask | torch.eye(width, dtype=torch.bool, device=device)                 # no row of a mask is empty
-        cache = KVCache(self.config, len(prompts), capacity, self.tok_emb.weight)
-        draw = Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
-
-        rows = torch.arange(len(prompts), device=device)                                    # those that still write
-        written = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.long, device=device)
-        x = self.hidden(ids, (columns[:width] - n_pads[:, None]).clamp(min=0), cache, mask)
-        for step in range(max_new_tokens):
-            cache.n_columns = width + step
-            token = draw(self.out_head(x[:, -1]).float(), rows, step)                       # (B, V) -> (B,)
-            position = cache.n_columns - n_pads
-            goes_on = (token != stop_id) if stop_id is not None else torch.ones_like(token, dtype=torch.bool)
-            written[rows[goes_on], step] = token[goes_on]
-            goes_on &= position < self.config.context_length                                # else no room for its next
-            if step + 1 == max_new_tokens or not goes_on.any():
-                break
-            if not goes_on.all():
-                kept = cache.keep(goes_on)
-                rows, token, n_pads, position, is_real = (t[kept] for t in (rows, token, n_pads, position, is_real))
-            row_mask = is_real[:, None, None, :cache.n_columns + 1] if is_padded else None
-            x = self.hidden(token[:, None], position[:, None], cache, row_mask)
-        return [list(prompt) + [i for i in row if i >= 0] for prompt, row in zip(prompts, written.tolist())]
+        draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, self.tok_emb.weight.device)
+        return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD)
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):

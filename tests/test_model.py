@@ -76,7 +76,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny):
 
 
 def test_filters_keep_what_they_say():
-    from model import Draw
+    from generation import Draw
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
 
     def drawn(**options):

@@ -1,0 +1,194 @@
+"""Batched generation with a KV cache: what `GPT.generate` does.
+
+One forward pass reads all prompts, one more writes a token in every row that goes on. On a CPU the matrices are first
+reordered for oneDNN, which then reads each of them once and in one stream, for one row as for a hundred.
+"""
+import weakref
+
+import torch
+import torch.nn as nn
+
+# Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    """Raise ValueError for sampling options that mean nothing."""
+    if not (temperature == 0 or 1e-3 <= temperature < float("inf")):
+        raise ValueError(f"temperature must be 0 or from 0.001 up, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
+
+
+class Draw:
+    """Draws one token a row from logits, each row with random numbers of its own.
+
+    The numbers of row i come from a generator seeded with seed + i, all drawn at the start: a row's text does not
+    depend on the rows beside it, and no step loops over rows.
+    """
+
+    def __init__(self, n_rows: int, n_steps: int, temperature: float, top_k: int | None, top_p: float | None,
+                 min_p: float | None, seed: int | None, device: torch.device):
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        if temperature > 0:
+            seed = torch.seed() % 2**62 if seed is None else seed
+            dice = [torch.rand(n_steps, generator=torch.Generator().manual_seed(seed + row)) for row in range(n_rows)]
+            self.dice = torch.stack(dice).to(device)               # [rows, steps], uniform in [0, 1)
+
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """Return a token for each of the given rows, [B, V] -> [B]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities = (logits / self.temperature).softmax(-1)
+        if self.top_k is not None:
+            least = probabilities.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            probabilities = probabilities.where(probabilities >= least, 0)
+        if self.min_p is not None:
+            probabilities = probabilities.where(probabilities >= self.min_p * probabilities.amax(-1, keepdim=True), 0)
+        if self.top_p is not None:
+            ranked, order = probabilities.sort(descending=True)
+            is_beyond = ranked.cumsum(-1) - ranked >= self.top_p * ranked.sum(-1, keepdim=True)
+            probabilities = probabilities.scatter(-1, order, ranked.masked_fill(is_beyond, 0))
+        cumulative = probabilities.cumsum(-1)                      # inverse transform sampling
+        point = self.dice[rows, step, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+# ---------------------------------------------------------------- cache
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for every layer, allocated once.
+
+    keys and values: [layers, B, H, capacity, D]. Columns 0 .. n_columns are filled. Rows may hold padding in front;
+    which columns are real is the business of the attention mask.
+    """
+
+    def __init__(self, config, n_rows: int, capacity: int, like: torch.Tensor):
+        shape = (config.n_layers, n_rows, config.n_heads, capacity, config.d_embedding // config.n_heads)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.n_columns = 0
+
+    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values [B, H, T, D] of new tokens and return those of all tokens so far [B, H, S, D]."""
+        n_rows, end = keys.shape[0], self.n_columns + keys.shape[2]
+        self.keys[layer, :n_rows, :, self.n_columns:end] = keys
+        self.values[layer, :n_rows, :, self.n_columns:end] = values
+        return self.keys[layer, :n_rows, :, :end], self.values[layer, :n_rows, :, :end]
+
+    def keep(self, goes_on: torch.Tensor) -> torch.Tensor:
+        """Forget the rows that have ended; the last ones move into their places.
+
+        goes_on [B] tells which rows stay. Returns which row now stands where, [rows that stay].
+        """
+        n_kept = int(goes_on.sum())
+        gaps = (~goes_on[:n_kept]).nonzero().squeeze(1)
+        movers = n_kept + goes_on[n_kept:].nonzero().squeeze(1)
+        for stored in (self.keys, self.values):
+            stored[:, gaps, :, :self.n_columns] = stored[:, movers, :, :self.n_columns]
+        order = torch.arange(n_kept, device=goes_on.device)
+        order[gaps] = movers
+        return order
+
+
+# ---------------------------------------------------------------- weights in oneDNN's order
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of a CPU with its matrix in the order in which oneDNN's kernels read it.
+
+    Two to three times as fast as nn.Linear for a few rows, where reordering the matrix in every call is what costs. And
+    a row of the result does not depend on how many rows there are, bit for bit.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+FEW_ROWS = 2          # so many rows or fewer: PyTorch's product of bfloat16 is the faster on a CPU without such instructions
+PACKED = weakref.WeakKeyDictionary()       # model -> (state of its weights, the model that decoder_of made of it)
+
+
+def decoder_of(model: nn.Module, n_rows: int) -> nn.Module:
+    """Return the model to generate with: the model itself, or on a CPU one that shares its weights but for packed matrices.
+
+    In bfloat16 on a CPU that has no instructions for it, many rows are computed in float32, from the rounded weights.
+    The packed model is kept until a weight changes (by an optimizer, or in place; not through `.data`, which is not seen).
+    """
+    weight = model.tok_emb.weight
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return model
+    dtype = weight.dtype
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if n_rows <= FEW_ROWS:
+            return model
+        dtype = torch.float32
+    state = [dtype, *((p.data_ptr(), p._version) for p in model.parameters())]
+    if model not in PACKED or PACKED[model][0] != state:
+        PACKED[model] = state, packed(model, dtype)
+    return PACKED[model][1]
+
+
+def packed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a twin of the model with packed matrices; all other weights are shared where the dtype is the same."""
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.to(dtype).eval()
+    for module in list(twin.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child))
+    return twin
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, draw: Draw, stop_id: int | None,
+             pad_id: int) -> list[list[int]]:
+    """Continue prompts of any lengths, as GPT.generate says; they must hold 1 to context_length ids each."""
+    decoder, context_length, device = decoder_of(model, len(prompts)), model.config.context_length, model.tok_emb.weight.device
+    width = max(map(len, prompts))
+    capacity = width + max_new_tokens
+    n_pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)       # prompts end together
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    columns = torch.arange(capacity, device=device)
+    cache = KVCache(model.config, len(prompts), capacity, decoder.tok_emb.weight)
+    prefill_mask = bias = None                 # bias [B, 1, 1, S]: added to the scores, -inf at the padding
+    if n_pads.any():
+        is_real = (columns >= n_pads[:, None])[:, None, None]                               # (B, 1, 1, S)
+        prefill_mask = is_real[..., :width] & (columns[:width] <= columns[:width, None])
+        prefill_mask = prefill_mask | torch.eye(width, dtype=torch.bool, device=device)     # no row of a mask is empty
+        bias = cache.keys.new_zeros(is_real.shape).masked_fill(~is_real, -torch.inf)
+
+    rows = torch.arange(len(prompts), device=device)                                        # those that still write
+    written = torch.full((len(prompts), max_new_tokens), -1, device=device)
+    x = decoder.hidden(ids, (columns[:width] - n_pads[:, None]).clamp(min=0), cache, prefill_mask)
+    for step in range(max_new_tokens):
+        cache.n_columns = width + step
+        token = draw(decoder.out_head(x[:, -1]).float(), rows, step)                        # (B, V) -> (B,)
+        written[rows, step] = token
+        position = cache.n_columns - n_pads
+        goes_on = (token != (-1 if stop_id is None else stop_id)) & (position < context_length)    # else no room for its next
+        n_left = int(goes_on.sum())
+        if n_left == 0 or step + 1 == max_new_tokens:
+            break
+        if n_left < len(rows):
+            kept = cache.keep(goes_on)
+            rows, token, n_pads, position = (t[kept] for t in (rows, token, n_pads, position))
+            bias = None if bias is None else bias[kept]
+        x = decoder.hidden(token[:, None], position[:, None], cache, None if bias is None else bias[..., :cache.n_columns + 1])
+    return [list(prompt) + [i for i in row if i not in (-1, stop_id)] for prompt, row in zip(prompts, written.tolist())]
