@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-REQUIRED = ("key", "seed_words", "text")
+SEED_WORDS = "seed_words"     # the field that says what was asked; files of other commands have one of their own
 
 
 def read_vocabulary(path: Path) -> list[list[str]]:
@@ -68,7 +68,7 @@ def answer_files(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: (path.name.removesuffix(".xz"), path.name))
 
 
-def read_answers(folder: Path) -> Iterator[dict]:
+def read_answers(folder: Path, asked: str = SEED_WORDS) -> Iterator[dict]:
     """Yield every answer of the files of raw answers in a folder, in their order.
 
     A torn last line (a process killed while it wrote) is passed over, as the writer will drop it; any other broken
@@ -80,23 +80,24 @@ def read_answers(folder: Path) -> Iterator[dict]:
                 if not line.endswith(b"\n"):
                     break
                 if line.strip():
-                    yield parse_answer(line, f"{path}:{number}")
+                    yield parse_answer(line, f"{path}:{number}", asked)
 
 
-def parse_answer(line: bytes, where: str) -> dict:
+def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
     try:
         answer = json.loads(line)
     except ValueError:
         raise ValueError(f"{where}: not JSON; every line must be one answered request") from None
-    missing = [name for name in REQUIRED if not isinstance(answer, dict) or name not in answer]
-    if missing or not all(isinstance(answer[name], str) for name in ("key", "text")):
-        raise ValueError(f"{where}: expected an object with {', '.join(REQUIRED)}, and text a string")
+    required = ("key", asked, "text")
+    if not isinstance(answer, dict) or any(name not in answer for name in required) or not all(
+            isinstance(answer[name], str) for name in ("key", "text")):
+        raise ValueError(f"{where}: expected an object with {', '.join(required)}, and text a string")
     return answer
 
 
-def digest_of(seed_words: list[str]) -> int:
-    """Return 8 bytes that stand for the words asked: a million requests are remembered in little memory."""
-    return int.from_bytes(hashlib.blake2b(json.dumps(seed_words).encode(), digest_size=8).digest())
+def digest_of(asked: list[str]) -> int:
+    """Return 8 bytes that stand for what was asked: a million requests are remembered in little memory."""
+    return int.from_bytes(hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).digest())
 
 
 class AnswerFile:
@@ -104,13 +105,15 @@ class AnswerFile:
 
     Use as a context manager. On entering it reads every answer of the folder, so that is_answered() can tell which
     requests are still open, and hands each to `on_earlier`, so that a caller can count them without a second pass.
+    `asked` names the field of an answer that holds what was asked.
     Raises ValueError if another process holds the folder or a line is broken.
     """
 
-    def __init__(self, path: Path, on_earlier: Callable[[dict], None] = lambda answer: None):
-        self.path = path
+    def __init__(self, path: Path, on_earlier: Callable[[dict], None] = lambda answer: None,
+                 asked: str = SEED_WORDS):
+        self.path, self.asked = path, asked
         self._on_earlier = on_earlier
-        self._asked: dict[str, int] = {}       # key -> digest of its seed words
+        self._asked: dict[str, int] = {}       # key -> digest of what was asked
 
     def __enter__(self) -> "AnswerFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,8 +127,8 @@ class AnswerFile:
         try:
             self._file = self.path.open("ab", buffering=0)
             self._drop_torn_line()
-            for answer in read_answers(self.path.parent):
-                self._asked[answer["key"]] = digest_of(answer["seed_words"])
+            for answer in read_answers(self.path.parent, self.asked):
+                self._asked[answer["key"]] = digest_of(answer[self.asked])
                 self._on_earlier(answer)
         except BaseException:
             self.__exit__()
@@ -152,11 +155,11 @@ class AnswerFile:
             if end < size:
                 file.truncate(end)
 
-    def is_answered(self, key: str, seed_words: list[str]) -> bool:
-        """Tell whether a request was answered; raise ValueError if its key was used for other words."""
+    def is_answered(self, key: str, asked: list[str]) -> bool:
+        """Tell whether a request was answered; raise ValueError if something else was asked under its key."""
         answered = self._asked.get(key)
-        if answered is not None and answered != digest_of(seed_words):
-            raise ValueError(f"{self.path.parent}: request {key} was asked with other seed words: this folder was "
+        if answered is not None and answered != digest_of(asked):
+            raise ValueError(f"{self.path.parent}: request {key} was asked with other words: this folder was "
                              "begun with another --seed, vocabulary or program; choose another --out")
         return answered is not None
 
@@ -175,7 +178,7 @@ class AnswerFile:
         except BaseException:
             os.ftruncate(self._file.fileno(), start)
             raise
-        self._asked[answer["key"]] = digest_of(answer["seed_words"])
+        self._asked[answer["key"]] = digest_of(answer[self.asked])
 
 
 # ---------------------------------------------------------------- what was paid for nothing

@@ -1,6 +1,9 @@
 """Say how good bulletins are, and how sure we are of it.
 
 loss     Reads a model folder and a file of bulletins; prints nats per token, bits per byte and perplexity.
+judge    Reads bulletins of models (sample.py --json) and the corpus; asks a large model to judge them; writes --out,
+         {name: [answer, ...]}, and what was paid for to --out.raw/; prints the report. The same command goes on where
+         it stopped.
 report   Reads a judge's answers, {name: [answer, ...]}; prints means, 95% intervals, tests of every pair.
 quality  Reads bulletins (sample.py --json, or corpus lines) and the corpus; prints measures that need no judge, each
          beside the same measure on held-out bulletins. No key, no network, no model.
@@ -18,13 +21,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import answers
 import cleaning
 import cli
+import judging
+import preferences
 import quality
+import servers
 import stats
 from judgements import HIGHEST, LOWEST, POWER, read_judgements, report_of
 
-# ---------------------------------------------------------------- report
+# ---------------------------------------------------------------- judge and report
 
 
 def print_report(report: dict) -> None:
@@ -39,6 +46,11 @@ def print_report(report: dict) -> None:
             print(f"{name}, answer {problem['answer']}: {problem['problem']}")
         if len(summary["unparsed"]) > 10:
             print(f"{name}: and {len(summary['unparsed']) - 10} more, see --json")
+    if report["retest"]:
+        noise = report["retest"]
+        print(f"\nretest noise: a text judged again differs by {number(noise['sd'])} points (standard deviation, "
+              f"{noise['n_texts']} texts), {number(noise['share'])} of all variance")
+    print_controls(report["controls"], "difference")
     if not pairs:
         return
     print()
@@ -47,6 +59,31 @@ def print_report(report: dict) -> None:
          p_value(pair["p"]), p_value(pair["p_holm"]), number(pair["smallest_detectable"])] for pair in pairs])
     print(f"\np: permutation tests; Holm: corrected for {len(pairs)} pairs; smallest detectable: the true difference that\n"
           f"this many answers would have found {POWER:.0%} of the time at the corrected level.")
+
+
+def print_controls(controls: dict | None, measure: str) -> None:
+    """Say whether the judge tells real text from damaged text; `measure` is what is compared."""
+    if controls is None:
+        return
+    print()
+    print_table([["control", measure, "95% interval", "p (Holm)", "told apart"]] + [
+        [f"{check['a']} - {check['b']}", number(check[measure]), interval(check), p_value(check["p_holm"]),
+         "yes" if check["is_separated"] else "NO"] for check in controls["checks"]])
+    if not controls["are_separated"]:
+        print("\nTHE RANKING MEANS NOTHING: this judge does not tell real text from damaged text (or the real text is no better).")
+
+
+def print_preferences(report: dict) -> None:
+    print(f"{report['n_answers']} answers, {report['n_unclear']} of them without a choice; the story that stood first won "
+          f"{number(report['position']['first'])} of {report['position']['n_decided']} decided comparisons")
+    print_controls(report["controls"], "share")
+    if report["pairs"]:
+        print()
+        print_table([["pair", "headlines", "first preferred", "95% interval", "p", "p (Holm)", "both orders agree"]] + [
+            [f"{pair['a']} - {pair['b']}", pair["n"], number(pair["share"]), interval(pair), p_value(pair["p"]),
+             p_value(pair["p_holm"]), number(pair["agree"])] for pair in report["pairs"]])
+        print("\nfirst preferred: how often the first of the pair was found better, a tie counting half, 0.5 if they are alike;\n"
+              f"p: permutation tests against 0.5; Holm: corrected for {len(report['pairs'])} pairs.")
 
 
 def plot_report(report: dict, path: Path) -> None:
@@ -75,13 +112,27 @@ def plot_report(report: dict, path: Path) -> None:
 
 
 def run_report(args: argparse.Namespace) -> None:
-    report = report_of(*read_judgements(args.judgements, args.paired))
+    is_pairwise = isinstance(answers.read_json(args.judgements), list)
+    if is_pairwise and args.plot:
+        raise ValueError("--plot draws mean scores; pairwise answers have none")
+    if is_pairwise:
+        report = preferences.report_of(preferences.read_preferences(args.judgements))
+    else:
+        report = report_of(*read_judgements(args.judgements, args.paired))
     if args.plot:
         plot_report(report, args.plot)
     if args.json:
         print_json(report)
+    elif is_pairwise:
+        print_preferences(report)
     else:
         print_report(report)
+
+
+def run_judge(args: argparse.Namespace) -> None:
+    judging.judge(args)
+    if not args.dry_run:
+        run_report(argparse.Namespace(judgements=args.out, paired=False, plot=None, json=False))
 
 
 # ---------------------------------------------------------------- quality
@@ -196,8 +247,27 @@ def main(argv: list[str] | None = None) -> int:
     loss.add_argument("--json", action="store_true", help="print JSON")
     loss.set_defaults(run=run_loss)
 
+    judge = commands.add_parser("judge", help="have a large model judge bulletins of several models, and controls")
+    judge.add_argument("--samples", nargs="+", required=True, metavar="[NAME=]FILE",
+                       help='lines of {"headline", "story", "finished"} of one model; its name is the file\'s if none is given')
+    judge.add_argument("--out", type=Path, required=True, metavar="FILE", help="the judge's answers, for the report")
+    judge.add_argument("--data", type=Path, default=Path("training_data"), metavar="DIR",
+                       help="the corpus: held-out bulletins are the real text (default: %(default)s)")
+    judge.add_argument("--pairwise", action="store_true",
+                       help="ask which of two stories on one headline is better, in both orders, instead of for scores")
+    judge.add_argument("--repeats", type=servers.at_least(int, 1), default=3, metavar="K",
+                       help="how often each text is judged (default: %(default)s)")
+    judge.add_argument("--max-bulletins", type=servers.at_least(int, 1), default=128, metavar="N",
+                       help="judge at most N of each model (default: %(default)s)")
+    judge.add_argument("--temperature", type=servers.at_least(float, 0), default=0.7,
+                       help="of the judge; at 0 repeats tell nothing (default: %(default)s)")
+    judge.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
+    servers.add_arguments(judge)
+    judge.set_defaults(run=run_judge)
+
     report = commands.add_parser("report", help="means, intervals and tests of a judge's answers")
-    report.add_argument("--judgements", type=Path, required=True, metavar="FILE", help="JSON: {name: [answer, ...]}")
+    report.add_argument("--judgements", type=Path, required=True, metavar="FILE",
+                        help="JSON: {name: [answer, ...]}, or what judge --pairwise wrote")
     report.add_argument("--paired", action="store_true",
                         help="the answers of all names are on the same headlines, in the same order")
     report.add_argument("--plot", type=Path, metavar="FILE", help="also draw the means (.png, .svg, .pdf)")

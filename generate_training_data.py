@@ -9,16 +9,12 @@ Run:     python generate_training_data.py --dry-run            # model, price, f
 """
 import argparse
 import math
-import os
-import signal
 import sys
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -28,12 +24,13 @@ import chat
 import cli
 import servers
 from prompts import MAX_TOKENS, N_WORDS, Request, choose_examples, messages_of, record_of
+from spending import CHARACTERS_PER_TOKEN, Forecast, describe, gentle_stop, lost_costs_noted
 
 DEFAULT_MODEL = "meta-llama/llama-3.1-8b-instruct"
 PROBE = 100                   # requests of the first round, after which the rate of acceptance is known
 HOPELESS = 20                 # so many requests without one accepted bulletin: the model cannot do it
 # What is expected before there are answers to measure.
-EXPECTED_ACCEPTED, EXPECTED_LATENCY_S, CHARACTERS_PER_TOKEN, CHARACTERS_PER_BULLETIN = 8.0, 10.0, 4.2, 480
+EXPECTED_ACCEPTED, CHARACTERS_PER_BULLETIN = 8.0, 480
 
 
 # ---------------------------------------------------------------- what is asked, and how much of it
@@ -130,16 +127,6 @@ class Tally:
 # ---------------------------------------------------------------- what is said
 
 
-class Forecast(NamedTuple):
-    """What the bulletins still missing will take."""
-    n_requests: int
-    prompt_tokens: float
-    completion_tokens: float
-
-    def cost_usd(self, prices: chat.Prices) -> float:
-        return self.prompt_tokens * prices.prompt + self.completion_tokens * prices.completion
-
-
 def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
     """Return a forecast from the answers so far, or from what is expected where there are none."""
     accepted, n = tally.acceptance.accepted, tally.n_answers
@@ -149,28 +136,6 @@ def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
     n_characters = sum(len(message["content"]) for message in messages)
     return Forecast(n_requests, n_requests * n_characters / CHARACTERS_PER_TOKEN,
                     n_requests * N_WORDS * CHARACTERS_PER_BULLETIN / CHARACTERS_PER_TOKEN)
-
-
-def describe(expected: Forecast, model: servers.Model, client: chat.Client, tally: Tally, wanted: int,
-             key_left_usd: float | None) -> str:
-    """Return the lines that a user reads before the first request is paid for."""
-    price, cost = "no price known", "cost unknown"
-    if client.prices is not None:
-        price = f"${client.prices.prompt * 1e6:g} in, ${client.prices.completion * 1e6:g} out, per million tokens"
-        cost = f"${expected.cost_usd(client.prices):.4f}"
-    minutes = max(1, math.ceil(expected.n_requests * EXPECTED_LATENCY_S / client.concurrency / 60))
-    lines = [f"model     {model.id} ({price})",
-             f"so far    {tally.acceptance.accepted:,} of {wanted:,} bulletins accepted, ${client.spent_usd:.4f} spent",
-             f"forecast  {expected.n_requests:,} requests, {expected.prompt_tokens:,.0f} tokens in, "
-             f"{expected.completion_tokens:,.0f} out, {cost}, about {minutes} min",
-             f"          (at {client.concurrency} in flight and {EXPECTED_LATENCY_S:g} s an answer)"]
-    if client.max_cost is not None:
-        lines.append(f"budget    ${client.max_cost:g}, of which ${max(0.0, client.max_cost - client.spent_usd):.4f} is left")
-    if key_left_usd is not None:
-        lines.append(f"key       may still spend ${key_left_usd:.4f}")
-    if model.expires is not None:
-        lines.append(f"note      the server withdraws this model on {model.expires}")
-    return "\n".join(lines)
 
 
 class Progress:
@@ -221,54 +186,6 @@ def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
 # ---------------------------------------------------------------- the run
 
 
-@contextmanager
-def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
-    """Let a first Ctrl-C or SIGTERM stop the client, which awaits what is in flight; a second one does not wait.
-
-    Yields the list of the signals received.
-    """
-    received = []
-
-    def on_signal(number: int, frame) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt("what was in flight is lost; the same command goes on from here")
-        client.stop()
-        # Not print(): the signal may have come in the middle of another.
-        os.write(2, f"\nwaiting for {client.n_in_flight} answers in flight; once more to leave them\n".encode())
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Iterator[None]:
-    """Keep the account of what is paid for nothing, so that a budget holds over runs that were killed.
-
-    What may be in flight at the worst is written down before the first request and taken back when all have arrived.
-    """
-    at_risk = client.concurrency * worst_usd
-    if client.max_cost is not None:
-        at_risk = min(at_risk, max(0.0, client.max_cost - client.spent_usd))
-    client.on_lost = lambda usd, cause: answers.note_lost(path, usd, cause)
-    if at_risk:
-        answers.note_lost(path, at_risk, "in flight, if this run is killed")
-    has_ended = False
-    try:
-        yield
-        has_ended = True
-    except (ValueError, chat.Stopped):
-        has_ended = True
-        raise
-    finally:                                   # after anything else, such as a full disk, an answer may be lost
-        if at_risk and has_ended and client.n_in_flight == 0:
-            answers.note_lost(path, -at_risk, "all arrived")
-
-
 def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: Asking, tally: Tally,
                    file: answers.AnswerFile) -> None:
     """Ask round after round until enough bulletins stand, or the client is stopped."""
@@ -306,7 +223,8 @@ def generate(args: argparse.Namespace) -> None:
         client.spent_usd = tally.cost_usd + answers.read_lost(args.out / "lost.log")
         expected = forecast(tally, args.bulletins, sample["messages"])
         servers.check_room(model, expected.prompt_tokens / max(expected.n_requests, 1) + MAX_TOKENS)
-        print(describe(expected, model, client, tally, args.bulletins, servers.key_left_usd(client, model)),
+        so_far = f"{tally.acceptance.accepted:,} of {args.bulletins:,} bulletins accepted"
+        print(describe(expected, model, client, so_far, servers.key_left_usd(client, model)),
               file=sys.stdout if args.dry_run else sys.stderr)
 
     if args.dry_run:

@@ -12,11 +12,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 import answers
 import stats
 
 LOWEST, HIGHEST = 1, 5        # the judge's scale
 ALPHA, POWER = 0.05, 0.8
+# Names of what is judged in every run of `evaluate.py judge` to see whether the judge can judge.
+REAL = "real text"
+DAMAGED = ("shuffled sentences", "swapped headline", "repeated phrase")
+CONTROLS = (REAL, *DAMAGED)
 
 # ---------------------------------------------------------------- a judge's answer
 
@@ -99,14 +105,15 @@ def score_of(value) -> Reading:
 class Judgement(NamedTuple):
     unit: Hashable            # what was judged: a headline, or a place in the list
     reading: Reading
+    sample: Hashable = None   # which bulletin on this headline, where the file tells: its answers are repeats
 
 
 def read_judgements(path: Path, is_paired: bool) -> tuple[dict[str, list[Judgement]], bool]:
     """Read {name: [answer, ...]}; return the judgements of each name, and whether units are shared between names.
 
     An answer is the judge's text, null where none came, or {"headline": ..., "text": ...}: then answers on one
-    headline belong together, within a name and between names. `is_paired` says that the answers of all names stand
-    in the same order of headlines.
+    headline belong together, within a name and between names; a "sample" besides tells which are on the same bulletin.
+    `is_paired` says that the answers of all names stand in the same order of headlines.
     """
     by_name = answers.read_json(path)
     if not isinstance(by_name, dict) or not by_name or not all(isinstance(value, list) and value for value in by_name.values()):
@@ -123,21 +130,21 @@ def read_judgements(path: Path, is_paired: bool) -> tuple[dict[str, list[Judgeme
 
 
 def judgement_of(answer, place: int, where: str) -> Judgement:
-    headline = None
+    headline = sample = None
     if isinstance(answer, dict) and "text" in answer:
-        headline, answer = answer.get("headline"), answer["text"]
-        if not isinstance(headline, str):
-            raise ValueError(f"{where}: an object with the text of an answer needs its headline too")
+        headline, sample, answer = answer.get("headline"), answer.get("sample"), answer["text"]
+        if not isinstance(headline, str) or not isinstance(sample, int | str | None):
+            raise ValueError(f"{where}: an object with the text of an answer needs its headline too, and as sample a number")
     if answer is None or isinstance(answer, str):
         reading = read_answer(answer)
     else:
         reading = read_answer(json.dumps(answer)) if isinstance(answer, dict) else Reading(None, "not text")
-    return Judgement(place if headline is None else headline, reading)
+    return Judgement(place if headline is None else headline, reading, sample)
 
 
 def scores_by_unit(judgements: list[Judgement]) -> dict[Hashable, list[float]]:
     scores: dict[Hashable, list[float]] = {}
-    for unit, reading in judgements:
+    for unit, reading, _ in judgements:
         if reading.score is not None:
             scores.setdefault(unit, []).append(reading.score)
     return scores
@@ -177,14 +184,58 @@ def compare(a: dict[Hashable, list[float]], b: dict[Hashable, list[float]], unit
             "n": [len(x), len(y)], "p": stats.two_sample_test(x, y), "data": [x, y]}
 
 
+def retest_noise(judgements: dict[str, list[Judgement]]) -> dict | None:
+    """Return how much the scores of one text differ when it is judged again, None where none was.
+
+    sd: the standard deviation of a score around its text's own mean, in points; share: of the variance of all scores.
+    """
+    repeats: dict[Hashable, list[float]] = {}
+    for name, members in judgements.items():
+        for unit, reading, sample in members:
+            if sample is not None and reading.score is not None:
+                repeats.setdefault((name, unit, sample), []).append(reading.score)
+    repeats = {text: scores for text, scores in repeats.items() if len(scores) > 1}
+    if not repeats:
+        return None
+    squares = sum(np.var(scores) * len(scores) for scores in repeats.values())
+    variance = float(squares) / sum(len(scores) - 1 for scores in repeats.values())
+    total = float(np.var([score for scores in repeats.values() for score in scores]))
+    return {"n_texts": len(repeats), "sd": math.sqrt(variance), "share": min(1.0, variance / total) if total else math.nan}
+
+
+def with_holm(pairs: list[dict]) -> list[dict]:
+    """Add to each pair its p-value corrected for all of them."""
+    return [{**pair, "p_holm": p_holm} for pair, p_holm in zip(pairs, stats.holm([pair["p"] for pair in pairs]))]
+
+
+def controls_of(checks: list[dict]) -> dict | None:
+    """Return whether the judge tells real text from all of its damaged copies; None where it was given none.
+
+    A check is a comparison of the two that says with "is_separated" whether real text is better by more than chance.
+    """
+    return {"checks": checks, "are_separated": all(check["is_separated"] for check in checks)} if checks else None
+
+
 def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) -> dict:
-    """Return the whole report: {"names": {name: summary}, "pairs": [comparison, ...]}."""
+    """Return {"names": {name: summary}, "pairs": [comparison, ...], "retest": noise, "controls": checks}.
+
+    Damaged text is compared with real text only, and its tests are corrected by themselves.
+    """
     by_name = {name: scores_by_unit(value) for name, value in judgements.items()}
-    pairs = [{"a": a, "b": b, **compare(by_name[a], by_name[b], units_are_shared)} for a, b in combinations(by_name, 2)]
-    for pair, p_holm in zip(pairs, stats.holm([pair["p"] for pair in pairs])):
-        pair["p_holm"] = p_holm
-        pair["low"], pair["high"] = pair.pop("interval")
-        # At the level of Holm's strictest step, so that it is a difference this report would have called one.
-        pair["smallest_detectable"] = stats.smallest_detectable_difference(
-            *pair.pop("data"), alpha=ALPHA / len(pairs), power=POWER)
-    return {"names": {name: summarise(value) for name, value in judgements.items()}, "pairs": pairs}
+
+    def compared(names: list[tuple[str, str]]) -> list[dict]:
+        pairs = with_holm([{"a": a, "b": b, **compare(by_name[a], by_name[b], units_are_shared)} for a, b in names])
+        for pair in pairs:
+            pair["low"], pair["high"] = pair.pop("interval")
+            # At the level of Holm's strictest step, so that it is a difference this report would have called one.
+            pair["smallest_detectable"] = stats.smallest_detectable_difference(
+                *pair.pop("data"), alpha=ALPHA / len(pairs), power=POWER)
+        return pairs
+
+    checks = compared([(REAL, damaged) for damaged in DAMAGED if {REAL, damaged} <= by_name.keys()])
+    for check in checks:
+        check["is_separated"] = check["difference"] > 0 and check["p_holm"] < ALPHA
+    names = [name for name in by_name if not checks or name not in DAMAGED]
+    return {"names": {name: summarise(value) for name, value in judgements.items()},
+            "pairs": compared(list(combinations(names, 2))),
+            "retest": retest_noise(judgements), "controls": controls_of(checks)}

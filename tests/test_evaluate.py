@@ -295,7 +295,7 @@ def test_report_of_one_name_with_one_answer(tmp_path):
 
 
 @pytest.mark.parametrize("content, part", [
-    ("{", "not JSON"), ("[1]", "name: [answer"), ("{}", "name: [answer"), ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
+    ("{", "not JSON"), ("[1]", "entry 1: expected headline"), ("[]", "no answers"), ("{}", "name: [answer"), ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
     ('{"a": [{"text": "x"}]}', "a, answer 1"), ('{"a": [{"headline": "h", "text": "x"}, "y"]}', "all or none")])
 def test_wrong_judgements_are_told_in_one_line(tmp_path, capsys, content, part):
     path = tmp_path / "judgements.json"
@@ -320,11 +320,11 @@ def test_input_errors_of_the_command(tmp_path, capsys):
 
 
 def test_help_and_imports_need_no_torch(capsys):
-    for command in ("report", "quality"):
+    for command in ("judge", "report", "quality"):
         with pytest.raises(SystemExit) as stop:
             evaluate.main([command, "--help"])
-        assert stop.value.code == 0 and "--json" in capsys.readouterr().out
-    code = "import sys, evaluate; assert not {'torch', 'matplotlib', 'requests', 'sentencepiece'} & set(sys.modules)"
+        assert stop.value.code == 0 and f" {command} [-h]" in capsys.readouterr().out
+    code = "import sys, evaluate; assert not {'torch', 'matplotlib', 'sentencepiece'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 

@@ -1,0 +1,94 @@
+"""What every run that pays for answers says before, keeps account of while it lasts, and does when it is stopped."""
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import answers
+import chat
+import servers
+
+EXPECTED_LATENCY_S, CHARACTERS_PER_TOKEN = 10.0, 4.2       # what is expected before there are answers to measure
+
+
+class Forecast(NamedTuple):
+    """What the answers still missing will take."""
+    n_requests: int
+    prompt_tokens: float
+    completion_tokens: float
+
+    def cost_usd(self, prices: chat.Prices) -> float:
+        return self.prompt_tokens * prices.prompt + self.completion_tokens * prices.completion
+
+
+def describe(expected: Forecast, model: servers.Model, client: chat.Client, so_far: str,
+             key_left_usd: float | None) -> str:
+    """Return the lines that a user reads before the first request is paid for."""
+    price, cost = "no price known", "cost unknown"
+    if client.prices is not None:
+        price = f"${client.prices.prompt * 1e6:g} in, ${client.prices.completion * 1e6:g} out, per million tokens"
+        cost = f"${expected.cost_usd(client.prices):.4f}"
+    minutes = max(1, math.ceil(expected.n_requests * EXPECTED_LATENCY_S / client.concurrency / 60))
+    lines = [f"model     {model.id} ({price})",
+             f"so far    {so_far}, ${client.spent_usd:.4f} spent",
+             f"forecast  {expected.n_requests:,} requests, {expected.prompt_tokens:,.0f} tokens in, "
+             f"{expected.completion_tokens:,.0f} out, {cost}, about {minutes} min",
+             f"          (at {client.concurrency} in flight and {EXPECTED_LATENCY_S:g} s an answer)"]
+    if client.max_cost is not None:
+        lines.append(f"budget    ${client.max_cost:g}, of which ${max(0.0, client.max_cost - client.spent_usd):.4f} is left")
+    if key_left_usd is not None:
+        lines.append(f"key       may still spend ${key_left_usd:.4f}")
+    if model.expires is not None:
+        lines.append(f"note      the server withdraws this model on {model.expires}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
+    """Let a first Ctrl-C or SIGTERM stop the client, which awaits what is in flight; a second one does not wait.
+
+    Yields the list of the signals received.
+    """
+    received = []
+
+    def on_signal(number: int, frame) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt("what was in flight is lost; the same command goes on from here")
+        client.stop()
+        # Not print(): the signal may have come in the middle of another.
+        os.write(2, f"\nwaiting for {client.n_in_flight} answers in flight; once more to leave them\n".encode())
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Iterator[None]:
+    """Keep the account of what is paid for nothing, so that a budget holds over runs that were killed.
+
+    What may be in flight at the worst is written down before the first request and taken back when all have arrived.
+    """
+    at_risk = client.concurrency * worst_usd
+    if client.max_cost is not None:
+        at_risk = min(at_risk, max(0.0, client.max_cost - client.spent_usd))
+    client.on_lost = lambda usd, cause: answers.note_lost(path, usd, cause)
+    if at_risk:
+        answers.note_lost(path, at_risk, "in flight, if this run is killed")
+    has_ended = False
+    try:
+        yield
+        has_ended = True
+    except (ValueError, chat.Stopped):
+        has_ended = True
+        raise
+    finally:                                   # after anything else, such as a full disk, an answer may be lost
+        if at_risk and has_ended and client.n_in_flight == 0:
+            answers.note_lost(path, -at_risk, "all arrived")
