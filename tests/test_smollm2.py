@@ -42,6 +42,21 @@ def test_scores_are_those_of_transformers(llama, sequences, decoder):
 
 
 @torch.no_grad()
+def test_continuations_cost_what_transformers_says_whatever_stands_beside_them(llama):
+    def ids_of(text: str) -> dict:
+        return {"input_ids": list(text.encode())}
+
+    texts = [("head\n", "a story"), ("a much longer headline\n", "and a story that is longer too"), ("h", ""), ("", "abc")]
+    nats, n_tokens = smollm2.continuation_nats(ids_of, llama, texts, batch_size=3)
+    assert n_tokens == [7, 30, 0, 3]
+    for (prompt, continuation), total in zip(texts, nats):
+        ids = list((prompt + continuation).encode())
+        each = torch.nn.functional.cross_entropy(llama(torch.tensor([ids])).logits[0, :-1],
+                                                 torch.tensor(ids[1:], dtype=torch.long), reduction="none")
+        assert total == pytest.approx(each[max(1, len(prompt)) - 1:].sum().item(), abs=1e-3)
+
+
+@torch.no_grad()
 def test_greedy_text_follows_transformers_within_eight_bits(llama, sequences, decoder):
     prompts = [sequence[:n] for sequence, n in zip(sequences, (3, 5, 4, 5, 2))]
     written = decoder.generate(prompts, 12, 0.01, 0.99, STOP, seed=0)
