@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,9 +53,10 @@ def load_tokenizer(path: Path | str, vocab_size: int | None = None) -> sentencep
     return tokenizer
 
 
-def train_tokenizer(text: Path, vocab_size: int, prefix: Path) -> None:
+def train_tokenizer(text: Path, vocab_size: int, prefix: Path, crosses_spaces: bool = False) -> None:
     """Train a BPE tokenizer of exactly vocab_size pieces on the lines of a text; write prefix.model and prefix.vocab.
 
+    crosses_spaces: pieces may hold several words ("superwords"), as dev/superwords.py tries.
     The same lines give the same bytes, wherever they stand. sentencepiece's defaults are decided here on purpose: the
     text is clean ASCII, so normalisation is the identity and every character is covered; no byte pieces, since an
     alphabet that is known needs no fallback; digits and the marks of prices and quotations stand alone, as in the
@@ -68,10 +70,10 @@ def train_tokenizer(text: Path, vocab_size: int, prefix: Path) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines_of([text]), model_writer=proto, model_type="bpe", vocab_size=vocab_size,
             user_defined_symbols=USER_SYMBOLS, character_coverage=1.0, normalization_rule_name="identity",
-            byte_fallback=False, input_sentence_size=2_000_000, shuffle_input_sentence=True, max_sentence_length=8192,
-            num_threads=1, minloglevel=2)
+            byte_fallback=False, split_by_whitespace=not crosses_spaces, input_sentence_size=2_000_000,
+            shuffle_input_sentence=True, max_sentence_length=8192, num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        raise ValueError(f"{text}: cannot make a vocabulary of {vocab_size:,} pieces ({error})") from None
+        raise ValueError(f"{text}: cannot make a vocabulary of {vocab_size:,} pieces: {reason_of(str(error))}") from None
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     pieces = "".join(f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i):g}\n" for i in range(len(tokenizer)))
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,15 @@ def train_tokenizer(text: Path, vocab_size: int, prefix: Path) -> None:
         partial = prefix.with_name(f"{prefix.name}.{kind}.partial")
         partial.write_bytes(content)
         os.replace(partial, f"{prefix}.{kind}")
+
+
+def reason_of(error: str) -> str:
+    """Return what sentencepiece's error says about the number of pieces, without its lines of source."""
+    if found := re.search(r"set it to a value <= (\d+)", error):
+        return f"this text fills at most {int(found[1]):,}"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"its characters and the fixed pieces alone are {int(found[1]):,}"
+    return error
 
 
 def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | None, context_length: int) -> list[int]:
@@ -122,19 +133,25 @@ class Tokens:
         self.ids, self.offsets = ids, offsets
         self.lengths = np.diff(offsets)
         self.n_too_long, self.n_malformed, self.n_bytes, self.sha256 = n_too_long, n_malformed, n_bytes, sha256
+        self._storage = torch.from_numpy(ids.view(np.int16))         # few devices index unsigned ids
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, indices: np.ndarray, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    def to(self, device: torch.device | str) -> "Tokens":
+        """Move the ids to a device, once, so that its batches need no copying; a CPU leaves them on the disk."""
+        self._storage = self._storage.to(device)
+        return self
+
+    def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, both [B, T]: the targets are the inputs one token on, id 0 is IGNORED."""
-        longest = int(self.lengths[indices].max())
-        rows = np.zeros((len(indices), longest), dtype=np.int64)
-        for row, i in zip(rows, indices):
-            row[:self.lengths[i]] = self.ids[self.offsets[i]:self.offsets[i + 1]]
-        targets = rows[:, 1:].copy()
-        targets[targets == 0] = IGNORED          # padding, and characters that the tokenizer does not know
-        return torch.from_numpy(rows[:, :-1]).to(device), torch.from_numpy(targets).to(device)
+        device = self._storage.device
+        starts, lengths = (torch.from_numpy(a[indices]).to(device)[:, None] for a in (self.offsets, self.lengths))   # (B, 1)
+        columns = torch.arange(int(self.lengths[indices].max()), device=device)                                      # (T + 1,)
+        is_real = columns < lengths                                                                                  # (B, T + 1)
+        rows = torch.where(is_real, self._storage[torch.where(is_real, starts + columns, 0)].long() & 0xFFFF, 0)
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        return inputs, targets.masked_fill(targets == 0, IGNORED)      # padding, and characters the tokenizer does not know
 
 
 def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
@@ -144,7 +161,7 @@ def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
     well_formed = [line.count(SEPARATOR) == line.count(f" {SEPARATOR} ") == 1 for line in lines]
     return [([bos, *ids, eos] if ok else [], len(line.encode()))
-            for line, ids, ok in zip(lines, tokenizer.encode(lines), well_formed)]
+            for line, ids, ok in zip(lines, tokenizer.encode(lines, num_threads=1), well_formed)]
 
 
 def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]]]:
@@ -171,7 +188,7 @@ def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) ->
     if not stem.with_suffix(".json").exists():
         encode_files(paths, tokenizer_path.read_bytes(), context_length, stem)
     facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-    ids = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="r")
+    ids = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="c")
     return Tokens(ids, np.load(stem.with_suffix(".npy")), **facts, sha256=digest.hexdigest())
 
 
@@ -243,10 +260,10 @@ def bulletin_losses(model, tokens: Tokens, batch_size: int = 64) -> tuple[np.nda
     """
     order = np.argsort(tokens.lengths, kind="stable")
     nats, n_targets = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
-    device = next(model.parameters()).device
+    tokens.to(next(model.parameters()).device)
     for start in range(0, len(order), batch_size):
         indices = order[start:start + batch_size]
-        inputs, targets = tokens.batch(indices, device)
+        inputs, targets = tokens.batch(indices)
         nll = F.cross_entropy(model(inputs).transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
         nats[indices] = nll.sum(1, dtype=torch.float64).cpu()        # (B, T) -> (B,)
         n_targets[indices] = (targets != IGNORED).sum(1).cpu()

@@ -54,8 +54,24 @@ class TrainConfig:
     batch_size: int
     weight_decay: float
     seed: int = 0
+    # What follows makes other recipes than the published one, see recipe.py.
+    init: str = "pytorch"
+    optimizer: str = "adamw"
+    muon_lr: float = 0.02
+    beta2: float = 0.999
+    schedule: str = "cosine"
+    final_lr_ratio: float = 0.1
 
     def __post_init__(self):
+        for name, expected in (("init", ("pytorch", "small")), ("optimizer", ("adamw", "muon")),
+                               ("schedule", ("cosine", "linear", "wsd"))):
+            if getattr(self, name) not in expected:
+                raise ValueError(f"train.{name} must be {' or '.join(expected)}, not {getattr(self, name)!r}")
+        if self.muon_lr <= 0:
+            raise ValueError(f"train.muon_lr must be above 0, not {self.muon_lr}")
+        for name in ("beta2", "final_lr_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("n_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, not {getattr(self, name)}")
@@ -151,7 +167,7 @@ class CausalAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # (B, T, 3, H, D) -> 3 x (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                       # (B, H, T, D) -> (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n_tokens > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and (cache is None or n_tokens > 1))
         return self.proj(y.transpose(1, 2).reshape(x.shape))       # (B, H, T, D) -> (B, T, C)
 
 

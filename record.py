@@ -33,20 +33,50 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def draw_losses(log: list[dict], path: Path, title: str) -> None:
-    """Draw training and validation loss over steps, with a second axis in epochs, from the entries of log.jsonl."""
+def draw_log(log: list[dict], path: Path, title: str) -> None:
+    """Draw the entries of log.jsonl: losses over steps, epochs and tokens, and below them learning rate and gradient norm."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axes.plot([e["step"] for e in log], [e["loss"] for e in log], label="training, mean since the last point")
-    axes.plot([e["step"] for e in log], [e["val_loss"] for e in log], marker=".", label="validation")
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axes.legend()
-    steps_an_epoch = log[-1]["step"] / log[-1]["epoch"]
-    axes.secondary_xaxis("top", functions=(lambda s: s / steps_an_epoch, lambda e: e * steps_an_epoch)).set_xlabel("epoch")
+    steps, last = [entry["step"] for entry in log], log[-1]
+    figure, (losses, rates) = plt.subplots(2, sharex=True, figsize=(6.4, 5.6), height_ratios=[3, 1], layout="constrained")
+    losses.plot(steps, [entry["loss"] for entry in log], label="training, mean since the last point")
+    losses.plot(steps, [entry["val_loss"] for entry in log], marker=".", label="validation")
+    losses.set(ylabel="loss, nats per token", title=title)
+    losses.legend()
+    for where, name, per_step in (("top", "epoch", last["epoch"] / last["step"]),
+                                  (1.18, "million tokens", last["n_tokens"] / last["step"] / 1e6)):
+        scale = (lambda x, per_step=per_step: x * per_step, lambda x, per_step=per_step: x / per_step)
+        losses.secondary_xaxis(where, functions=scale).set_xlabel(name)
+    rates.plot(steps, [entry["lr"] for entry in log], color="tab:green")
+    rates.set_xlabel("step")
+    rates.set_ylabel("learning rate", color="tab:green")
+    norms = rates.twinx()
+    norms.plot(steps, [entry["grad_norm"] for entry in log], color="tab:red")
+    norms.set_ylabel("gradient norm", color="tab:red")
     write_beside(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
     plt.close(figure)
+
+
+class Board:
+    """The log for TensorBoard, in a folder; without a folder it takes entries and does nothing."""
+
+    def __init__(self, folder: Path | None):
+        """Raise ValueError if TensorBoard is not installed."""
+        self._writer = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard: not installed; pip install tensorboard") from None
+            self._writer = SummaryWriter(folder)
+
+    def add(self, entry: dict) -> None:
+        """Add the entry of one evaluation, as in log.jsonl."""
+        if self._writer is not None:
+            for name, value in entry.items():
+                self._writer.add_scalar(name, value, entry["step"])
+            self._writer.flush()
 
 
 def commit_of_checkout() -> str | None:
