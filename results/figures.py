@@ -1,0 +1,188 @@
+"""What results.ipynb shows: the files of the runs under results/, read, fitted and drawn.
+
+A run is a folder with run.json; loss.json, quality.json, log.jsonl and samples.jsonl are used where they are there.
+"""
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+
+LITERATURE = {"color": "grey", "marker": "x", "linestyle": "none"}
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """Return the runs of a folder, the smallest model first: run.json with "name" and whatever else is there.
+
+    Raises FileNotFoundError if there is none.
+    """
+    runs = []
+    for path in sorted(folder.glob("*/run.json")):
+        run = {**read_json(path), "name": path.parent.name, "loss": read_json(path.with_name("loss.json")),
+               "quality": read_json(path.with_name("quality.json"))}
+        for key in ("log", "samples"):
+            lines = path.with_name(f"{key}.jsonl")
+            run[key] = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
+        runs.append(run)
+    if not runs:
+        raise FileNotFoundError(f"{folder}: no runs; python train.py --out {folder}/3M writes one")
+    return sorted(runs, key=lambda run: (run["n_parameters"], run["name"]))
+
+
+def read_json(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def corpora(runs: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """Yield (name, runs) for each corpus and vocabulary: only losses of the same two can be compared."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for run in runs:
+        groups.setdefault((run["train_sha256"][:6], run["config"]["model"]["vocab_size"]), []).append(run)
+    for (digest, vocab_size), members in groups.items():
+        yield f"corpus {digest}, {vocab_size:,} pieces", members
+
+
+def loss_of(run: dict) -> tuple[float, float, float]:
+    """Return the validation loss with its interval over bulletins, nats per token; nan for an interval not measured."""
+    loss = run["loss"]
+    return (loss["nats_per_token"], loss["low"], loss["high"]) if loss else (run["val_loss"], math.nan, math.nan)
+
+
+def power_law(n_parameters: list[float], losses: list[float]) -> tuple[float, float] | None:
+    """Return (a, b) of loss = a * n_parameters ** -b, least squares in logarithms; None for fewer than three sizes.
+
+    Runs of one size, which differ by their seed, count once, with their mean.
+    """
+    by_size: dict[float, list[float]] = {}
+    for n, loss in zip(n_parameters, losses, strict=True):
+        by_size.setdefault(n, []).append(loss)
+    if len(by_size) < 3:
+        return None
+    slope, intercept = np.polyfit(np.log(list(by_size)), np.log([np.mean(values) for values in by_size.values()]), 1)
+    return float(np.exp(intercept)), float(-slope)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """Return a table; what a model wrote cannot break it or start a formula in it."""
+    texts = [[str(cell).replace("|", r"\|").replace("$", r"\$") for cell in row] for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in texts)
+
+
+def table_of_runs(runs: list[dict]) -> str:
+    rows = []
+    for run in runs:
+        loss, low, high = loss_of(run)
+        rows.append([run["name"], f"{run['n_parameters']:,}", run["config"]["train"].get("seed", 0), f"{run['n_bulletins']:,}",
+                     f"{run['n_tokens'] * run['config']['train']['n_epochs']:,}", f"{run['n_steps']:,}",
+                     f"{run['elapsed_s'] / 60:.1f}", run["hardware"], f"{loss:.3f}", f"{low:.3f} to {high:.3f}",
+                     f"{run['loss']['bits_per_byte']:.3f}" if run["loss"] else "-"])
+    return markdown(["run", "parameters", "seed", "bulletins", "tokens seen", "steps", "minutes", "on", "loss", "95% interval",
+                     "bits per byte"], rows)
+
+
+def table_of_retention(runs: list[dict]) -> str:
+    """Return the table of student over teacher: a measure of samples, and its interval, over that of held-out bulletins.
+
+    The interval is of the samples alone. "-" where a measure is 0 on held-out bulletins.
+    """
+    measured = [run for run in runs if run["quality"]]
+    names = list(dict.fromkeys(name for run in measured for name in run["quality"]["measures"]))
+    return markdown(["measure", *(run["name"] for run in measured)],
+                    [[name, *(retained(run["quality"]["measures"].get(name)) for run in measured)] for name in names])
+
+
+def retained(sets: dict | None) -> str:
+    if not sets or not sets["held_out"]["value"] or sets["samples"]["value"] is None:
+        return "-"
+    value, low, high = (sets["samples"][key] for key in ("value", "low", "high"))
+    teacher = sets["held_out"]["value"]
+    return f"{value / teacher:.2f}" + ("" if low is None else f" ({low / teacher:.2f} to {high / teacher:.2f})")
+
+
+def table_of_judges(published: dict) -> str:
+    """Return the original's judge's means over that of the text it learned from: literature, not ours."""
+    teacher = published["judge_mean_of_text_by"]["8B"]
+    return markdown(["model", "judge's mean", "over that of 8B text"],
+                    [[name, f"{mean:.3f}", f"{mean / teacher:.2f}"] for name, mean in published["judge_mean"].items()])
+
+
+def samples_side_by_side(runs: list[dict], n: int) -> str:
+    """Return a table of stories: one a line for headlines that all runs share, else the first n of each run."""
+    sampled = [run for run in runs if run["samples"]]
+    stories = [{sample["headline"]: sample["story"] for sample in run["samples"]} for run in sampled]
+    shared = [headline for headline in (stories[0] if stories else []) if all(headline in others for others in stories)]
+    if len(shared) >= n and len(sampled) > 1:
+        rows = [[f"**{headline}**", *(others[headline] for others in stories)] for headline in shared[:n]]
+        return markdown(["headline", *(run["name"] for run in sampled)], rows)
+    rows = [[f"**{sample['headline']}** {sample['story']}" for sample in row]
+            for row in zip(*(run["samples"][:n] for run in sampled))]
+    return markdown([run["name"] for run in sampled], rows)
+
+
+# ---------------------------------------------------------------- plots
+
+
+def plot_loss(runs: list[dict], published: dict):
+    """Draw loss against parameters with intervals over bulletins, and the power law of each corpus with three sizes."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, members in corpora(runs):
+        sizes, losses = [run["n_parameters"] for run in members], [loss_of(run) for run in members]
+        values = [loss for loss, _, _ in losses]
+        below_above = np.transpose([[loss - low, high - loss] for loss, low, high in losses])
+        law = power_law(sizes, values)
+        label = name + (f"\nloss = {law[0]:.2f} N^-{law[1]:.3f}" if law else "")
+        points = axes.errorbar(sizes, values, yerr=np.nan_to_num(below_above), fmt="o", capsize=3, label=label)
+        if law:
+            span = np.geomspace(min(sizes), max(sizes))
+            axes.plot(span, law[0] * span ** -law[1], color=points[0].get_color(), linewidth=1)
+    axes.plot(published["n_parameters"].values(), published["val_loss"].values(), label="literature: another corpus", **LITERATURE)
+    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss, nats per token")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def panels(n: int, **options):
+    """Return a figure and n axes, three in a row."""
+    n_rows = math.ceil(n / 3)
+    figure, grid = pyplot.subplots(n_rows, 3, figsize=(10, 3 * n_rows), squeeze=False, layout="constrained", **options)
+    for axes in grid.flat[n:]:
+        axes.axis("off")
+    return figure, grid.flat
+
+
+def plot_overfitting(runs: list[dict]):
+    """Draw the loss on training and on held-out bulletins of each run over its steps."""
+    logged = [run for run in runs if run["log"]]
+    figure, grid = panels(len(logged), sharey=True)
+    for axes, run in zip(grid, logged):
+        for key, label in (("loss", "training"), ("val_loss", "held-out")):
+            points = [(line["step"], line[key]) for line in run["log"] if line.get(key) is not None]
+            axes.plot(*zip(*points), label=label)
+        axes.set(title=run["name"], xlabel="step")
+        axes.legend()
+    grid[0].set_ylabel("nats per token")
+    return figure
+
+
+def plot_quality(runs: list[dict], measures: list[str]):
+    """Draw measures against parameters with 95% intervals; the line is the same measure on held-out bulletins."""
+    measured = [run for run in runs if run["quality"]]
+    figure, grid = panels(len(measures))
+    for axes, name in zip(grid, measures):
+        for run in measured:
+            sets = run["quality"]["measures"].get(name)
+            if sets and sets["samples"]["value"] is not None:
+                value, low, high = (sets["samples"][key] for key in ("value", "low", "high"))
+                reach = [[0], [0]] if low is None else [[value - low], [high - value]]
+                axes.errorbar([run["n_parameters"]], [value], yerr=reach, fmt="o", capsize=3, color="tab:blue")
+                axes.axhline(sets["held_out"]["value"], color="tab:green", linewidth=1)
+        axes.set(title=name.replace("_", " "), xscale="log", xlabel="parameters")
+        axes.title.set_fontsize(9)
+    return figure
