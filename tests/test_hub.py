@@ -1,0 +1,93 @@
+"""Folders by name: a path, a repository of a hub on loopback, and the same again from the cache."""
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from corpus import find_corpus
+from hub import find_folder
+
+FILES = {"README.md": b"a card", "train-000.txt.xz": b"not wanted whole here", "train.txt": b"storm </h> it rained.\n" * 9,
+         "validation.txt": b"sun </h> it was dry.\n", "big.bin": b"\0" * 99}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub():
+    """A hub that holds one dataset, someone/bulletins; .asked lists the paths that were asked for."""
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            server.asked.append(self.path)
+            name = self.path.rsplit("/", 1)[-1]
+            if self.path.startswith("/api/datasets/someone/bulletins/revision/"):
+                info = {"id": "someone/bulletins", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
+                self.answer(json.dumps(info).encode(), Content_Type="application/json")
+            elif self.path.startswith("/api/datasets/someone/bulletins/tree/"):
+                tree = [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in FILES.items()]
+                self.answer(json.dumps(tree).encode(), Content_Type="application/json")
+            elif self.path.startswith(f"/datasets/someone/bulletins/resolve/{COMMIT}/") and name in FILES:
+                self.answer(FILES[name], ETag=f'"{hashlib.sha1(FILES[name]).hexdigest()}"', X_Repo_Commit=COMMIT)
+            else:
+                self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def find_in_process(name: str, hub, home: Path) -> subprocess.CompletedProcess:
+    """Look a corpus up in a process of its own, as huggingface_hub reads its settings when it is imported."""
+    code = "import sys, corpus\ntry: print(corpus.find_corpus(sys.argv[1]))\nexcept FileNotFoundError as e: sys.exit(str(e))"
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home),
+                   "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60, env=environment,
+                          cwd=Path(__file__).parent.parent)
+
+
+def test_a_dataset_is_fetched_once(hub, tmp_path):
+    first = find_in_process("someone/bulletins", hub, tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = Path(first.stdout.strip())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        name: FILES[name] for name in ("train.txt", "train-000.txt.xz", "validation.txt")}
+    fetched = [path for path in hub.asked if "/resolve/" in path]
+    hub.asked.clear()
+    again = find_in_process("someone/bulletins", hub, tmp_path)
+    assert again.stdout == first.stdout and fetched and not [path for path in hub.asked if "/resolve/" in path]
+
+
+def test_what_the_hub_does_not_hold(hub, tmp_path):
+    done = find_in_process("someone/else", hub, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("someone/else: no such folder, and the hub has no such dataset")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_paths_never_ask_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)          # importing it would fail
+    (tmp_path / "some" / "corpus").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("some/corpus", str(tmp_path / "some"), "nowhere", "./no/where", "a/b/c", "/no/where"):
+        assert find_folder(name, "model", ["config.json"]) == find_corpus(name) == Path(name)
