@@ -163,6 +163,61 @@ def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small
     assert further == 0 and log[0]["val_loss"] < without_times(finished[0] / "log.jsonl")[0]["val_loss"]
 
 
+def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path):
+    done = subprocess.run(command(small, tmp_path / "model", "--max-minutes", 0.002, "--samples", 0), cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)
+    last = without_times(tmp_path / "model" / "log.jsonl")[-1]
+    assert done.returncode == 0 and last["step"] < 45 and last["lr"] == pytest.approx(0.1 * 0.01)
+
+
+@pytest.mark.parametrize("flag, value", [("--max-steps", 0), ("--max-minutes", -1), ("--eval-every", 0), ("--micro-batch-size", 0)])
+def test_flags_out_of_range_are_one_line(small, tmp_path, flag, value, capsys):
+    assert train.main([*command(small, tmp_path / "model", flag, value)[2:]]) == 2
+    assert capsys.readouterr().err == f"error: {flag} must be above 0, not {float(value) if 'minutes' in flag else value}\n"
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def two_processes(small: Path, out: Path, *more) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [sys.executable, *torchrun, *command(small, out, "--samples", 0, *more)[1:]]
+
+
+@pytest.fixture(scope="module")
+def by_two(small, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("by_two") / "model"
+    done = subprocess.run(two_processes(small, out), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 1                  # one process alone speaks and writes
+    return out
+
+
+def test_two_processes_end_where_one_does(finished, by_two):
+    one, two = without_times(finished[0] / "log.jsonl"), without_times(by_two / "log.jsonl")
+    assert json.loads((by_two / "run.json").read_text())["n_processes"] == 2
+    for a, b in zip(one, two, strict=True):
+        assert a["step"] == b["step"] and a["n_tokens"] == b["n_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+
+
+def test_two_processes_stop_together_and_go_on(small, by_two, tmp_path):
+    out = tmp_path / "model"
+    process = subprocess.Popen(two_processes(small, out, "--checkpoint-every", 0), cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode and "--resume goes on" in stderr and not (out / "model.safetensors").exists()
+    alone = subprocess.run(command(small, out, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert alone.returncode == 2 and "processes was 2, is 1" in alone.stderr
+    done = subprocess.run(two_processes(small, out, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (out / "model.safetensors").read_bytes() == (by_two / "model.safetensors").read_bytes()
+    assert without_times(out / "log.jsonl") == without_times(by_two / "log.jsonl")
+
+
 def test_one_batch_overfits(small):
     config = Config.load(small / "config.json")
     model = GPT(config.model)

@@ -1,0 +1,159 @@
+"""What a training step computes: the loss, the optimizers, batches in parts; and that each key of a recipe has an effect."""
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import devices
+import recipe
+from data import IGNORED
+from model import GPT, ModelConfig, TrainConfig
+
+MODEL = ModelConfig(vocab_size=64, context_length=16, d_embedding=16, d_intermediate=32, n_heads=2, n_layers=2, qkv_bias=False)
+TRAIN = TrainConfig(peak_lr=0.01, warmup_ratio=0.1, n_epochs=1, batch_size=4, weight_decay=0.1)
+
+
+def batch(n_rows: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [n_rows, 12], the rows of different lengths."""
+    ids = torch.randint(4, 64, (n_rows, 13), generator=torch.Generator().manual_seed(seed))
+    targets = ids[:, 1:].clone()
+    for row in range(1, n_rows):
+        targets[row, -2 * row:] = IGNORED
+    return ids[:, :-1], targets
+
+
+def new(train: TrainConfig = TRAIN) -> tuple[GPT, recipe.NextTokenLoss, list[torch.optim.Optimizer]]:
+    model = GPT(MODEL)
+    recipe.initialise(model, train)
+    return model, recipe.NextTokenLoss(model, torch.float32), recipe.make_optimizers(model, train)
+
+
+def weights_after(train: TrainConfig = TRAIN, n_steps: int = 4, **options) -> torch.Tensor:
+    model, loss, optimizers = new(train)
+    for step in range(1, n_steps + 1):
+        recipe.train_step(loss, optimizers, *batch(seed=step), recipe.learning_rate(step, n_steps, train), **options)
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy():
+    model, loss, _ = new()
+    inputs, targets = batch()
+    loss(inputs, targets).mul(0.5).backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    reference = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    assert loss(inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
+    reference.mul(0.5).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_in_bfloat16_the_loss_is_near():
+    model, _, _ = new()
+    whole, half = (recipe.NextTokenLoss(model, dtype)(*batch()) for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(whole.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_micro_batches_give_the_numbers_of_the_whole_batch(size):
+    torch.testing.assert_close(weights_after(micro_batch_size=size), weights_after(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows, n_ranks", [(5, 2), (5, 3), (1, 2)])
+def test_the_mean_over_ranks_is_the_gradient_of_the_whole_batch(n_rows, n_ranks, monkeypatch):
+    grads, nats = [], 0.0
+    monkeypatch.setattr(recipe.nn.utils, "clip_grad_norm_", lambda ps, norm: grads.append([p.grad.clone() for p in ps]))
+    for rank in range(n_ranks):
+        _, loss, optimizers = new()
+        nats += recipe.train_step(loss, optimizers, *batch(n_rows), 0.01, rank, n_ranks)[0]
+    _, loss, optimizers = new()
+    whole, _ = recipe.train_step(loss, optimizers, *batch(n_rows), 0.01)
+    *parts, expected = grads
+    for *of_ranks, of_all in zip(*parts, expected):
+        torch.testing.assert_close(torch.stack(of_ranks).mean(0), of_all, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(nats, whole)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("peak_lr", 0.02), ("warmup_ratio", 0.6), ("weight_decay", 0.0), ("seed", 1), ("init", "small"), ("optimizer", "muon"),
+    ("beta2", 0.9), ("schedule", "linear"), ("schedule", "wsd"), ("final_lr_ratio", 0.0)])
+def test_each_key_of_a_recipe_has_an_effect(key, value):
+    assert not torch.equal(weights_after(dataclasses.replace(TRAIN, **{key: value})), weights_after())
+
+
+def test_muon_lr_has_an_effect_on_muon_alone():
+    def other(lr, **keys):
+        return weights_after(dataclasses.replace(TRAIN, muon_lr=lr, **keys))
+    assert not torch.equal(other(0.02, optimizer="muon"), other(0.03, optimizer="muon"))
+    assert torch.equal(other(0.02), other(0.03))
+
+
+@pytest.mark.parametrize("schedule, rates", [("linear", [0.5, 1.0, 0.55, 0.1]), ("wsd", [0.5, 1.0, 1.0, 0.1])])
+def test_schedules_at_their_corners(schedule, rates):
+    config = dataclasses.replace(TRAIN, peak_lr=1.0, schedule=schedule)
+    assert [recipe.learning_rate(step, 100, config) for step in (5, 10, 55, 100)] == pytest.approx(rates)
+
+
+def test_small_blocks_start_as_the_identity():
+    model, _, _ = new(dataclasses.replace(TRAIN, init="small"))
+    x = torch.randn(2, 3, 16)
+    assert all(torch.equal(block(x, 0, None, None), x) for block in model.trf_blocks)
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 16), (1, 16, 48), (3, 16, 16)])
+def test_muon_makes_every_singular_value_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(recipe.Muon.orthogonalised(matrices))
+    assert values.min() > 0.3 and values.max() < 1.3 and values.mean() == pytest.approx(0.9, abs=0.15)
+
+
+def test_muon_takes_the_step_of_pytorchs():
+    """Up to the bfloat16 of torch.optim.Muon, and for matrices that are not stacks of three."""
+    ours, theirs = (torch.nn.Parameter(torch.ones(16, 32)) for _ in range(2))
+    first, second = recipe.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    for seed in range(3):
+        ours.grad = theirs.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
+        first.step(), second.step()
+    torch.testing.assert_close(ours.data, theirs.data, atol=5e-3, rtol=0)
+
+
+def test_muon_goes_on_from_its_state():
+    def steps(seeds, model, optimizers, loss):
+        for seed in seeds:
+            recipe.train_step(loss, optimizers, *batch(seed=seed), 0.01)
+    config = dataclasses.replace(TRAIN, optimizer="muon")
+    model, loss, optimizers = new(config)
+    steps(range(2), model, optimizers, loss)
+    again, loss_again, optimizers_again = new(config)
+    again.load_state_dict(model.state_dict())
+    for one, other in zip(optimizers_again, optimizers):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    steps(range(2, 4), model, optimizers, loss)
+    steps(range(2, 4), again, optimizers_again, loss_again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "WORTH_COMPILING_S", 0)
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: lambda *batch: (_ for _ in ()).throw(RuntimeError("no g++")))
+    _, loss, _ = new()
+    assert devices.compiled_if_faster(loss, *batch(), 1000, torch.bfloat16) == (loss, False)
+    assert "is there a C++ compiler?" in capsys.readouterr().err and all(p.grad is None for p in loss.parameters())
+
+
+def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    _, loss, _ = new()
+    assert devices.compiled_if_faster(loss, *batch(), 1, torch.bfloat16) == (loss, False)
+    assert devices.compiled_if_faster(loss, *batch(), 10**9, torch.float32) == (loss, False)
+
+
+@pytest.mark.slow
+def test_compiled_computes_the_same():
+    model, loss, _ = new()
+    compiled = devices.compile_loss(loss)
+    for n_rows in (5, 3):
+        inputs, targets = batch(n_rows)
+        assert compiled(inputs, targets).item() == pytest.approx(loss(inputs, targets).item(), rel=1e-5)
