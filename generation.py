@@ -5,6 +5,7 @@ reordered for oneDNN, which then reads each of them once and in one stream, for 
 """
 import weakref
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -30,7 +31,8 @@ class Draw:
     """Draws one token a row from logits, each row with random numbers of its own.
 
     The numbers of row i come from a generator seeded with seed + i, all drawn at the start: a row's text does not
-    depend on the rows beside it, and no step loops over rows.
+    depend on the rows beside it, and no step loops over rows. They are NumPy's: PyTorch's generator knows only the lower
+    32 bits of a seed.
     """
 
     def __init__(self, n_rows: int, n_steps: int, temperature: float, top_k: int | None, top_p: float | None,
@@ -38,8 +40,8 @@ class Draw:
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         if temperature > 0:
             seed = torch.seed() % 2**62 if seed is None else seed
-            dice = [torch.rand(n_steps, generator=torch.Generator().manual_seed(seed + row)) for row in range(n_rows)]
-            self.dice = torch.stack(dice).to(device)               # [rows, steps], uniform in [0, 1)
+            dice = [np.random.default_rng(seed + row).random(n_steps, dtype=np.float32) for row in range(n_rows)]
+            self.dice = torch.from_numpy(np.stack(dice)).to(device)       # [rows, steps], uniform in [0, 1)
 
     def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
         """Return a token for each of the given rows, [B, V] -> [B]."""

@@ -13,8 +13,15 @@ def find_folder(name: Path | str, kind: str, patterns: list[str]) -> Path:
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith("."):
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{name}: no such folder, and the hub gave no such {kind} ({type(error).__name__})") from None
+    except HFValidationError:
+        reason = "it cannot be an id of the hub"
+    except RepositoryNotFoundError:
+        reason = f"the hub has no such {kind}, or it is private (hf auth login)"
+    except LocalEntryNotFoundError:
+        reason = f"the hub cannot be reached; no such {kind} is in its cache on this machine"
+    except (HTTPError, OSError) as error:
+        reason = f"the hub did not give the {kind} ({type(error).__name__})"
+    raise FileNotFoundError(f"{name}: no such folder, and {reason}")

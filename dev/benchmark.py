@@ -1,12 +1,17 @@
 """Measure how fast the parts of TinyNews are on this machine.
 
 Run:     python dev/benchmark.py generate        # 2 min on 2 CPU cores
+         python dev/benchmark.py sample          # 3 min on 2 CPU cores
+         python dev/benchmark.py train           # 6 min on 2 CPU cores
          python dev/benchmark.py data            # 10,000 and 100,000 bulletins
 """
 import argparse
 import contextlib
+import copy
 import importlib
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -25,6 +30,12 @@ def cpu_s() -> float:
     """Return the CPU time of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Time training steps beside a plain loop's."""
+    import benchmark_train
+    return benchmark_train.train(args)
 
 
 def generate(args: argparse.Namespace) -> dict:
@@ -100,6 +111,99 @@ def measure_here(module: str, work, args: tuple) -> tuple:
     return result, round(wall_s, 2), round((own + os.cpu_count() * children) / 1e6, 2)
 
 
+def sample(args: argparse.Namespace) -> dict:
+    """Time GPT.generate in both precisions beside transformers' GPT-2 with the same weights; all of it greedy.
+
+    Rounds of all in turn; the best of each counts. The loop without a cache, one prompt at a time as the original had it,
+    runs once, and says whether float32 writes the same ids.
+    """
+    import torch
+    from model import GPT, Config
+    from record import hardware
+    torch.manual_seed(0)
+    model = GPT(Config.load(args.config).model).eval()
+    models = {"transformers": transformers_of(model), "float32": model,
+              "bfloat16": copy.deepcopy(model).to(torch.bfloat16)}
+    figures = {"hardware": hardware(torch.device("cpu")), "config": str(args.config), "new_tokens": args.new_tokens}
+    for n_prompts in args.prompts:
+        prompts = torch.randint(4, model.config.vocab_size, (n_prompts, 16)).tolist()
+        texts, seconds = {}, dict.fromkeys(models, math.inf)
+        for _ in range(args.rounds):
+            for name, writer in models.items():
+                texts[name], elapsed_s = continued(writer, prompts, args.new_tokens)
+                seconds[name] = min(seconds[name], elapsed_s)
+        n = n_prompts * args.new_tokens
+        figures[f"prompts_{n_prompts}"] = {
+            "tokens_per_s": {name: round(n / s, 1) for name, s in seconds.items()},
+            "times_transformers": {name: round(seconds["transformers"] / seconds[name], 2) for name in ("float32", "bfloat16")},
+            "same_ids_as_transformers": texts["float32"] == texts["transformers"]}
+    started = time.perf_counter()
+    text = uncached(model, prompts[0], args.new_tokens)
+    figures["without_cache"] = {"tokens_per_s": round(args.new_tokens / (time.perf_counter() - started), 1),
+                                "same_ids_as_float32": text == texts["float32"][0]}
+    return figures | {"bfloat16_agreement": agreement(args.model, args.headlines)}
+
+
+def transformers_of(model):
+    """Return transformers' GPT2LMHeadModel with the weights of a model of ours."""
+    import export
+    from transformers import GPT2Config, GPT2LMHeadModel
+    sizes = {theirs: getattr(model.config, ours) for ours, theirs in export.GPT2_SIZES.items()}
+    twin = GPT2LMHeadModel(GPT2Config(**export.GPT2_SETTINGS, **sizes, **export.TOKEN_IDS, tie_word_embeddings=False))
+    twin.load_state_dict({name: export.turned(name, weight) for name, weight in export.weights_with_biases(model).items()})
+    return twin.eval()
+
+
+def continued(model, prompts: list[list[int]], n_tokens: int) -> tuple[list[list[int]], float]:
+    """Return prompts of one length with n_tokens greedy tokens each, and the seconds that it took."""
+    import torch
+    from model import GPT
+    started = time.perf_counter()
+    if isinstance(model, GPT):
+        texts = model.generate(prompts, n_tokens, stop_id=None)
+    else:
+        ids = torch.tensor(prompts)
+        texts = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n_tokens,
+                               min_new_tokens=n_tokens, eos_token_id=None).tolist()
+    return texts, time.perf_counter() - started
+
+
+def uncached(model, prompt: list[int], n_tokens: int) -> list[int]:
+    """Return a prompt with n_tokens greedy tokens, all of it read anew for each."""
+    import torch
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(n_tokens):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids
+
+
+def agreement(folder: Path, n_headlines: int) -> dict:
+    """Return how far the greedy stories of a trained model in bfloat16 are those in float32, for held-out headlines.
+
+    same: the share of stories that are equal; tokens: the mean share of a story's tokens before the first that differs.
+    """
+    import corpus
+    import torch
+    from bulletins import SEPARATOR
+    from data import load_tokenizer, prompt_of
+    from model import GPT
+    exact, rounded = GPT.from_pretrained(folder), GPT.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer, context_length = load_tokenizer(folder / "tokenizer.model"), exact.config.context_length
+    lines = itertools.islice(corpus.lines_of(corpus.corpus_files(ROOT / "training_data", "validation")), n_headlines)
+    prompts = [prompt_of(tokenizer, line.split(SEPARATOR)[0], context_length) for line in lines]
+    stories = exact.generate(prompts, context_length)
+    ways = {"together": rounded.generate(prompts, context_length),
+            "one_by_one": [rounded.generate([prompt], context_length)[0] for prompt in prompts]}
+    shares = {}
+    for way, others in ways.items():
+        prefixes = [len(os.path.commonprefix([a, b])) for a, b in zip(stories, others)]
+        told = [(n - len(p)) / max(1, len(a) - len(p)) for n, a, p in zip(prefixes, stories, prompts)]
+        shares[way] = {"same": round(sum(a == b for a, b in zip(stories, others)) / len(prompts), 3),
+                       "tokens": round(sum(told) / len(told), 3)}
+    return {"model": str(folder), "n_headlines": len(prompts), **shares}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -108,6 +212,25 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--bulletins", type=int, default=120_000, help="about 9 a request (default: %(default)s)")
     one.add_argument("--latency", type=float, default=1.0, metavar="S", help="of the server (default: %(default)s)")
     one.add_argument("--concurrency", type=int, default=128, help="default: %(default)s")
+    one = commands.add_parser("sample", help="tokens a second of GPT.generate, beside transformers")
+    one.set_defaults(command=sample)
+    one.add_argument("--config", type=Path, default=ROOT / "configs" / "59M.json", metavar="FILE",
+                     help="shape of the model, with random weights (default: that of 59M)")
+    one.add_argument("--model", type=Path, default=ROOT / "results" / "3M", metavar="DIR",
+                     help="trained model whose bfloat16 is compared with its float32 (default: the bundled one)")
+    one.add_argument("--prompts", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
+    one.add_argument("--new-tokens", type=int, default=84, help="default: %(default)s")
+    one.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    one.add_argument("--headlines", type=int, default=200, help="to compare bfloat16 on (default: %(default)s)")
+    one = commands.add_parser("train", help="steps a second of the published recipe, beside a plain loop")
+    one.set_defaults(command=train)
+    one.add_argument("--config", type=Path, nargs="+", default=[Path(f"configs/{size}.json") for size in ("3M", "11M", "59M")],
+                     help="default: the published 3M, 11M and 59M")
+    one.add_argument("--data", type=Path, default=Path("training_data"), help="corpus folder (default: %(default)s)")
+    one.add_argument("--steps", type=int, default=16, help="of each way in each round (default: %(default)s)")
+    one.add_argument("--rounds", type=int, default=3, help="of which the fastest counts (default: %(default)s)")
+    one.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
+    one.add_argument("--compile", action="store_true", help="also compiled, which takes a minute a size")
     one = commands.add_parser("data", help="cleaning, encoding and starting from the cache, bulletins a second")
     one.set_defaults(command=data)
     one.add_argument("--bulletins", type=int, nargs="+", default=[10_000, 100_000], metavar="N",

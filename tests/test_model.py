@@ -75,6 +75,41 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny):
     assert together != tiny.generate(prompts, 20, seed=99, **options)
 
 
+def test_packed_matrices_are_made_once_and_anew_when_a_weight_changes(tiny):
+    from generation import decoder_of
+    first = decoder_of(tiny, 1)
+    assert decoder_of(tiny, 64) is first
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=0.1)
+    tiny(torch.tensor([[1, 5]])).sum().backward()
+    optimizer.step()
+    assert tiny.generate([[1, 7]], 10, stop_id=None) == [uncached(tiny, [1, 7], 10)]
+    with torch.no_grad():
+        tiny.out_head.weight[9] += 100
+    assert tiny.generate([[1, 7]], 3, stop_id=None) == [uncached(tiny, [1, 7], 3)]
+    assert list(tiny.state_dict()) == list(GPT.from_pretrained(GOLDEN / "tiny").state_dict())
+
+
+def test_a_row_of_a_packed_product_does_not_depend_on_the_others():
+    from generation import PackedLinear
+    linear = torch.nn.Linear(128, 512)
+    with torch.inference_mode():
+        x, packed = torch.randn(64, 128), PackedLinear(linear)
+        many = packed(x)
+        assert all(torch.equal(packed(x[:n]), many[:n]) for n in (1, 2, 7, 33))
+        assert torch.allclose(many, linear(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 4])
+def test_bfloat16_generates_close_to_float32(tiny, n_rows):
+    rounded = GPT.from_pretrained(GOLDEN / "tiny", dtype=torch.bfloat16)
+    prompts = [[1, 7, 9 + i] for i in range(n_rows)]
+    texts = rounded.generate(prompts, 8, stop_id=None)
+    for text, prompt in zip(texts, prompts):
+        logits = tiny(torch.tensor([text[:-1]]))[0, len(prompt) - 1:]
+        chosen = logits.gather(1, torch.tensor(text[len(prompt):])[:, None]).squeeze(1)
+        assert (logits.amax(1) - chosen).max() < 0.05 * logits.std()     # each token is the likeliest but for rounding
+
+
 def test_filters_keep_what_they_say():
     from generation import Draw
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)

@@ -77,6 +77,26 @@ def test_headlines_from_standard_input(write, monkeypatch):
     assert given == bulletins_of(write("--json", "--seed", 4, "--headline", *HEADLINES))
 
 
+def test_the_flag_may_be_repeated_and_standard_input_stand_among_its_texts(write, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{HEADLINES[1]}\n"))
+    given = bulletins_of(write("--json", "--seed", 4, "--headline", HEADLINES[0], "--headline", "-", "Rain"))
+    assert [b["headline"] for b in given] == [text.lower() for text in (*HEADLINES, "Rain")]
+    assert write("--headline", "-") == (2, "", "error: --headline -: expected headlines on standard input, one a line; "
+                                               "there was none\n")
+
+
+def test_two_seeds_share_no_bulletin(write):
+    options = ("--json", "--headline", HEADLINES[0], "-n", 6, "--temperature", 0.9)
+    first, second = ({b["story"] for b in bulletins_of(write(*options, "--seed", seed))} for seed in (1, 2))
+    assert len(first) == len(second) == 6 and not first & second
+
+
+def test_bfloat16_by_hand(write):
+    options = ("--json", "--headline", HEADLINES[0], "--temperature", 0)
+    exact, rounded = (bulletins_of(write(*options, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
+    assert exact[0]["headline"] == rounded[0]["headline"] and rounded[0]["story"]
+
+
 def test_a_seed_writes_the_same_whatever_the_batch(write, monkeypatch):
     options = ("--json", "--headline", *HEADLINES, "-n", 4, "--temperature", 0.9, "--top-p", 0.9)
     first = bulletins_of(write(*options, "--seed", 5))
@@ -101,7 +121,7 @@ def test_temperature_0_takes_the_likeliest_and_so_does_top_k_1(write):
     (["-n", "0"], "-n must be at least 1, not 0"),
     (["--temperature", "-1"], "temperature must be 0 or from 0.001 up"),
     (["--temperature", "nan"], "temperature must be 0"), (["--top-k", "0"], "top_k must be at least 1"),
-    (["--top-p", "0"], "top_p must be above 0"), (["--min-p", "2"], "min_p must be from 0 to 1"), (["--seed", "-1"], "--seed must be")])
+    (["--top-p", "0"], "top_p must be above 0"), (["--min-p", "2"], "min_p must be from 0 to 1"), (["--seed", "-1"], "--seed must not be negative")])
 def test_bad_input_is_one_line_and_exit_code_2(write, options, message):
     code, out, err = write(*options)
     assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
