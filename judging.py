@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +35,7 @@ COMMON_WORDS = {"instruct", "chat", "base", "free", "fine", "tuned", "gguf", "pr
 
 class Draft(NamedTuple):
     """One question to the judge, without its key."""
-    label: str
+    label: str                # who is judged
     asked: list[str]          # the headline, then one story or two
     entry: dict               # what stands in --out beside the answer
 
@@ -48,10 +49,10 @@ class Job(NamedTuple):
 
 
 def single_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
-    """Return a question for each text."""
-    return [Draft(f"{name}/{text.place}", [text.headline, text.story],
-                  {"name": name, "headline": text.headline, "sample": text.place})
-            for name, members in texts.items() for text in members]
+    """Return a question for each text, all names in turn: a run cut short has judged as much of each."""
+    in_turn = sorted((text for members in texts.values() for text in members), key=lambda text: text.place)
+    return [Draft(text.name, [text.headline, text.story], {"name": text.name, "headline": text.headline, "sample": text.place})
+            for text in in_turn]
 
 
 def pair_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
@@ -78,10 +79,16 @@ def jobs_of(drafts: list[Draft], n_repeats: int, identity: Callable[[Draft], lis
     """Return the questions of a run, every text once before any is asked again.
 
     `identity(draft)` is all that the answer depends on: with another model, temperature or prompt the key is another.
+    The key ends in how often the same was asked before, so that it does not depend on what else is judged.
     """
-    digests = [hashlib.blake2b(json.dumps(identity(draft)).encode(), digest_size=10).hexdigest() for draft in drafts]
-    return [Job(f"{draft.label}/{repeat}/{digest}", draft) for repeat in range(n_repeats)
-            for draft, digest in zip(drafts, digests)]
+    questions = [f"{draft.label}/{hashlib.blake2b(json.dumps(identity(draft)).encode(), digest_size=10).hexdigest()}"
+                 for draft in drafts]
+    n_asked, jobs = Counter(), []
+    for _ in range(n_repeats):
+        for draft, question in zip(drafts, questions):
+            jobs.append(Job(f"{question}/{n_asked[question]}", draft))
+            n_asked[question] += 1
+    return jobs
 
 
 # ---------------------------------------------------------------- who judges whom
@@ -91,6 +98,11 @@ def writers_of(data: Path) -> list[str]:
     """Return the models that wrote a corpus, as far as the raw answers beside it tell: the first of each folder."""
     firsts = (next(answers.read_answers(folder), {}) for folder in sorted(data.glob("raw*")) if folder.is_dir())
     return [first["model"] for first in firsts if first.get("model")]
+
+
+def family_warnings(judge: str, data: Path) -> list[str]:
+    return [f"warning: the judge {judge} is of the family of {writer}, which wrote the corpus: judges favor their own"
+            for writer in writers_of(data) if is_same_family(judge, writer)]
 
 
 def is_same_family(a: str, b: str) -> bool:
@@ -151,6 +163,18 @@ def write_judgements(path: Path, jobs: list[Job], texts: dict[str, str | None], 
         os.replace(partial, path)
 
 
+def ask(jobs: list[Job], body_of: Callable[[Job, bool], dict], client: chat.Client, file: answers.AnswerFile,
+        ledger: Ledger) -> None:
+    """Ask these jobs, keeping each answer the moment it comes; None in the ledger for one that was given up."""
+    for job, answer in tqdm(client.answers(jobs, body_of), total=len(jobs), unit="judgement", disable=None):
+        if answer is None:
+            ledger.texts[job.key] = None
+        else:
+            record = record_of(job, answer)
+            file.append(record)
+            ledger.add(record)
+
+
 def judge(args: argparse.Namespace) -> None:
     """Ask what is still open and write --out. Raises ValueError, chat.Stopped, KeyboardInterrupt as every paid run."""
     texts, remarks = texts_to_judge(named_files(args.samples), args.data, args.max_bulletins)
@@ -163,43 +187,33 @@ def judge(args: argparse.Namespace) -> None:
     client, model = servers.connect(args, DEFAULT_MODEL)
     options = {"max_tokens": MAX_TOKENS, "temperature": args.temperature, **servers.options(args, model, client.prices)}
     jobs = jobs_of(drafts, args.repeats, lambda draft: [model.id, args.temperature, messages_of(*draft.asked, prefill=False)])
-    remarks += [f"warning: the judge {model.id} is of the family of {writer}, which wrote the corpus: judges favor their own"
-                for writer in writers_of(args.data) if is_same_family(model.id, writer)]
-    for remark in remarks:
+    for remark in remarks + family_warnings(model.id, args.data):
         print(remark, file=sys.stderr)
-    raw = args.out.with_name(f"{args.out.name}.raw")
-    ledger = Ledger(client.cost_of)
+    raw, ledger = args.out.with_name(f"{args.out.name}.raw"), Ledger(client.cost_of)
 
     def body_of(job: Job, prefill: bool) -> dict:
         return {**options, "messages": messages_of(*job.draft.asked, prefill=prefill)}
 
-    def say_forecast(bodies: list[dict]) -> None:
+    def forecast(bodies: list[dict]) -> str:
         client.spent_usd = ledger.cost_usd + answers.read_lost(raw / "lost.log")
         expected = ledger.forecast(bodies)
         servers.check_room(model, expected.prompt_tokens / max(expected.n_requests, 1) + MAX_TOKENS)
-        print(describe(expected, model, client, f"{len(jobs) - len(bodies):,} of {len(jobs):,} judgements",
-                       servers.key_left_usd(client, model)), file=sys.stdout if args.dry_run else sys.stderr)
+        return describe(expected, model, client, f"{len(jobs) - len(bodies):,} of {len(jobs):,} judgements",
+                        servers.key_left_usd(client, model))
 
     if args.dry_run:
         for answer in answers.read_answers(raw, "asked"):
             ledger.add(answer)
-        say_forecast([body_of(job, True) for job in jobs if job.key not in ledger.texts])
+        print(forecast([body_of(job, True) for job in jobs if job.key not in ledger.texts]))
         return
     with client, answers.AnswerFile(raw / "answers.jsonl", on_earlier=ledger.add, asked="asked") as file:
         still_open = [job for job in jobs if not file.is_answered(job.key, job.draft.asked)]
         bodies = [body_of(job, True) for job in still_open]
-        say_forecast(bodies)
+        print(forecast(bodies), file=sys.stderr)
         worst_usd = max(map(client.worst_cost, bodies), default=0.0)
         with lost_costs_noted(client, raw / "lost.log", worst_usd), gentle_stop(client) as signals:
             try:
-                for job, answer in tqdm(client.answers(still_open, body_of), total=len(still_open), unit="judgement",
-                                        disable=None):
-                    if answer is None:
-                        ledger.texts[job.key] = None
-                    else:
-                        record = record_of(job, answer)
-                        file.append(record)
-                        ledger.add(record)
+                ask(still_open, body_of, client, file, ledger)
             finally:
                 write_judgements(args.out, jobs, ledger.texts, args.pairwise)
     n_missing = sum(ledger.texts.get(job.key) is None for job in jobs)

@@ -176,12 +176,12 @@ def test_killed_again_and_again_no_answer_is_paid_twice(corpus, tmp_path):
                                                              "--repeats", 2, "--concurrency", in_flight)]
         for n_kills in range(1, 3):
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while server.n_healthy < 40 * n_kills and run.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             run.send_signal(signal.SIGKILL)
             assert run.wait() == -signal.SIGKILL and not out.exists()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr
     keys = [record["key"] for record in raw_of(out)]
     assert len(keys) == len(set(keys)) == 240 and server.n_healthy <= 240 + 2 * in_flight
@@ -280,6 +280,19 @@ def test_controls_are_damaged_each_in_its_way_and_always_the_same(corpus):
         words, n = repeated.story.rstrip(".").split(), len(real.story.split())
         assert words[:n // 2] == real.story.split()[:n // 2] and n <= len(words) < n + 6
         assert words[-6:] == words[-12:-6]
+
+
+def test_what_is_asked_again_does_not_depend_on_what_else_is_judged(corpus, tmp_path):
+    write_samples(tmp_path / "twice.jsonl", [bulletin_of("storm closes school </h> it rained.")] * 2)
+    (tmp_path / "reversed.jsonl").write_text("\n".join(reversed((corpus / "good.jsonl").read_text().splitlines())))
+    keys = []
+    for limit in (8, 12):
+        texts, _ = controls.texts_to_judge({"a": corpus / "good.jsonl", "b": tmp_path / "reversed.jsonl"}, corpus, limit)
+        keys.append({job.key for job in judging.jobs_of(judging.single_drafts(texts), 2, lambda draft: draft.asked)
+                     if job.draft.label not in judgements.DAMAGED})
+    assert len(keys[0]) == 3 * 8 * 2 and keys[0] < keys[1]
+    twins = judging.single_drafts(controls.texts_to_judge({"a": tmp_path / "twice.jsonl"}, corpus, 2)[0])[:2]
+    assert [job.key[-1] for job in judging.jobs_of(twins, 2, lambda draft: draft.asked)] == list("0123")
 
 
 def test_unshared_headlines_are_said_and_tested_unpaired(corpus, tmp_path, capsys):
