@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,17 +99,36 @@ def write_transformers(folder: Path, out: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast", **TOKENS, "model_max_length": context_length, "padding_side": "left",
         "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]})
     write_json(out / "special_tokens_map.json", TOKENS)
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8")) if (folder / "run.json").exists() else {}
-    (out / "README.md").write_text(model_card(model, run), encoding="utf-8")
+    run, loss = (read_facts(folder / name) for name in ("run.json", "loss.json"))
+    measures = (folder / "quality.txt").read_text(encoding="utf-8") if (folder / "quality.txt").exists() else ""
+    (out / "README.md").write_text(model_card(model, run, loss, measures), encoding="utf-8")
 
 
-def model_card(model: GPT, run: dict) -> str:
-    """Return the README.md of a transformers folder; every figure in it is read from the model or its run.json."""
+def read_facts(path: Path) -> dict:
+    """Return what a JSON file of a model folder tells; nothing if it is not there. Raises ValueError naming the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def model_card(model: GPT, run: dict, loss: dict, measures: str) -> str:
+    """Return the README.md of a transformers folder; every figure in it is read from the model or from its folder.
+
+    run: run.json of the training; loss: loss.json, which `evaluate.py loss --json` prints; measures: quality.txt, which
+    `evaluate.py quality` prints.
+    """
     n_parameters, config = sum(p.numel() for p in model.parameters()), model.config
     facts = [("validation loss", "val_loss", "{:.3f} nats per token"), ("trained on", "n_bulletins", "{:,} bulletins"),
              ("tokens in them", "n_tokens", "{:,}"), ("steps", "n_steps", "{:,}"), ("time", "elapsed_s", "{:,.0f} s"),
              ("hardware", "hardware", "{}"), ("precision", "precision", "{}"), ("commit", "commit", "{}")]
-    rows = "".join(f"\n| {title} | {form.format(run[key])} |" for title, key, form in facts if run.get(key) is not None)
+    rows = [f"| {title} | {form.format(run[key])} |" for title, key, form in facts if run.get(key) is not None]
+    if loss:
+        rows.append("| held-out loss | {nats_per_token:.3f} nats per token (95% interval {low:.3f} to {high:.3f}), "
+                    "{bits_per_byte:.3f} bits per byte, {n_bulletins:,} bulletins |".format(**loss))
+    if measures:
+        rows.append(f"\n## Its bulletins beside held-out ones\n\n{textwrap.indent(measures.strip(), '    ')}")
+    told = "\n".join(["", *rows])
     return f"""---
 license: apache-2.0
 language: en
@@ -134,12 +154,13 @@ With TinyNews itself:
 - Write the headline in lower case, then ` </h>`. An empty prompt, `""`, makes up its own headline.
 - The tokenizer puts `<s>` in front and nothing behind. Each training text was `<s> headline </h> story </s>`: to train on,
   add `</s>` to the end of yours. Padding is `<unk>`, which stands for characters that no bulletin holds.
+- A text that spells `<s>`, `</s>` or `<unk>` is read as holding that token.
 - The context is {config.context_length} tokens, headline and story together.
 
 | | |
 | --- | --- |
 | layers, heads, width | {config.n_layers}, {config.n_heads}, {config.d_embedding} |
-| vocabulary | {config.vocab_size:,} |{rows}
+| vocabulary | {config.vocab_size:,} |{told}
 """
 
 

@@ -3,18 +3,21 @@ import json
 import random
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 
+import corpus
 import export
 from data import USER_SYMBOLS, load_tokenizer
 from model import GPT, Config
 from pieces import read_pieces, tokenizer_json
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 PROMPT = "a storm closes 12 schools </h>"
 RUN = {"val_loss": 1.25, "n_bulletins": 1234567, "hardware": "two slow cores"}
 
@@ -94,6 +97,17 @@ def test_a_published_tokenizer_with_normalisation_gives_the_same_ids(small, line
     assert theirs.encode(wide[0]).ids == theirs.encode(lines[0]).ids
 
 
+def test_the_bundled_tokenizer_gives_the_same_ids_on_10000_bulletins_and_1000_random_strings():
+    tokenizers = pytest.importorskip("tokenizers")
+    ours = load_tokenizer(ROOT / "tokenizers" / "tinynewstokenizer8192.model")
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(read_pieces(ours))))
+    bulletins = list(islice(corpus.lines_of(corpus.corpus_files(ROOT / "training_data", "train")), 10_000))
+    strings = [text for text in random_strings(bulletins) if "<s>" not in text]      # special tokens are read as such there
+    assert len(bulletins) == 10_000 and len(strings) > 1000 and any("</h>" in text and "  " in text for text in strings)
+    texts = bulletins + strings
+    assert [encoding.ids[1:] for encoding in theirs.encode_batch(texts)] == ours.encode(texts)
+
+
 def test_there_and_back_is_the_same_bit_for_bit(folder, exported, tmp_path, capsys):
     back = tmp_path / "new" / "back"
     assert export.main(["--model", str(exported), "--to", "tinynews", "--out", str(back)]) == 0
@@ -156,7 +170,14 @@ def test_the_card_tells_what_is_known_and_nothing_else(folder, exported, tmp_pat
     assert "| validation loss | 1.250 nats per token |" in card
     assert "1,234,567 bulletins" in card and "two slow cores" in card
     assert "| steps |" not in card and "None" not in card
-    assert "validation loss" not in export.model_card(GPT.from_pretrained(folder), {})
+    assert "validation loss" not in export.model_card(GPT.from_pretrained(folder), {}, {}, "")
+
+
+def test_the_card_tells_of_the_evaluation(folder):
+    loss = {"nats_per_token": 1.5, "low": 1.25, "high": 1.75, "bits_per_byte": 0.5, "n_bulletins": 1000, "perplexity": 4.5}
+    card = export.model_card(GPT.from_pretrained(folder), RUN, loss, "measure  samples\nwords    70\n")
+    assert "1.500 nats per token (95% interval 1.250 to 1.750), 0.500 bits per byte, 1,000 bulletins" in card
+    assert card.endswith("\n## Its bulletins beside held-out ones\n\n    measure  samples\n    words    70\n")
 
 
 def spoil_config(model: Path, **changes) -> None:
