@@ -31,8 +31,8 @@ class Draw:
     """Draws one token a row from logits, each row with random numbers of its own.
 
     The numbers of row i come from a generator seeded with seed + i, all drawn at the start: a row's text does not
-    depend on the rows beside it, and no step loops over rows. They are NumPy's: PyTorch's generator knows only the lower
-    32 bits of a seed.
+    depend on the rows beside it, and no step loops over rows. They are NumPy's, as PyTorch's generator takes only the
+    lower 32 bits of a seed.
     """
 
     def __init__(self, n_rows: int, n_steps: int, temperature: float, top_k: int | None, top_p: float | None,
@@ -118,15 +118,15 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-FEW_ROWS = 2          # so many rows or fewer: PyTorch's product of bfloat16 is the faster on a CPU without such instructions
+FEW_ROWS = 2          # up to so many PyTorch's product in bfloat16 is the faster, even on a CPU without instructions for it
 PACKED = weakref.WeakKeyDictionary()       # model -> (state of its weights, the model that decoder_of made of it)
 
 
 def decoder_of(model: nn.Module, n_rows: int) -> nn.Module:
-    """Return the model to generate with: the model itself, or on a CPU one that shares its weights but for packed matrices.
+    """Return the model to generate with: the model itself, or on a CPU a twin with packed matrices.
 
     In bfloat16 on a CPU that has no instructions for it, many rows are computed in float32, from the rounded weights.
-    The packed model is kept until a weight changes (by an optimizer, or in place; not through `.data`, which is not seen).
+    The twin is kept until a weight changes, by an optimizer or in place; a change through `.data` is not seen.
     """
     weight = model.tok_emb.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -162,7 +162,7 @@ def packed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, draw: Draw, stop_id: int | None,
              pad_id: int) -> list[list[int]]:
     """Continue prompts of any lengths, as GPT.generate says; they must hold 1 to context_length ids each."""
-    decoder, context_length, device = decoder_of(model, len(prompts)), model.config.context_length, model.tok_emb.weight.device
+    decoder, device = decoder_of(model, len(prompts)), model.tok_emb.weight.device
     width = max(map(len, prompts))
     capacity = width + max_new_tokens
     n_pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)       # prompts end together
@@ -184,7 +184,9 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, dr
         token = draw(decoder.out_head(x[:, -1]).float(), rows, step)                        # (B, V) -> (B,)
         written[rows, step] = token
         position = cache.n_columns - n_pads
-        goes_on = (token != (-1 if stop_id is None else stop_id)) & (position < context_length)    # else no room for its next
+        goes_on = position < model.config.context_length                                    # else no room for its next
+        if stop_id is not None:
+            goes_on &= token != stop_id
         n_left = int(goes_on.sum())
         if n_left == 0 or step + 1 == max_new_tokens:
             break
@@ -192,5 +194,6 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, dr
             kept = cache.keep(goes_on)
             rows, token, n_pads, position = (t[kept] for t in (rows, token, n_pads, position))
             bias = None if bias is None else bias[kept]
-        x = decoder.hidden(token[:, None], position[:, None], cache, None if bias is None else bias[..., :cache.n_columns + 1])
+        row_mask = None if bias is None else bias[..., :cache.n_columns + 1]
+        x = decoder.hidden(token[:, None], position[:, None], cache, row_mask)
     return [list(prompt) + [i for i in row if i not in (-1, stop_id)] for prompt, row in zip(prompts, written.tolist())]

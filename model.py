@@ -262,7 +262,8 @@ class GPT(nn.Module):
         generation.check_sampling(temperature, top_k, top_p, min_p)
         if not prompts or max_new_tokens < 1:
             return [list(prompt) for prompt in prompts]
-        draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, self.tok_emb.weight.device)
+        device = self.tok_emb.weight.device
+        draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
         return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD)
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
