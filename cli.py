@@ -51,3 +51,24 @@ def restore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a flag that a loop reads between two steps; a second Ctrl-C stops at once.
+
+    A second SIGTERM does not: torchrun and job managers repeat it.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        self.asked = True
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

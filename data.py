@@ -146,12 +146,15 @@ class Tokens:
     def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, both [B, T]: the targets are the inputs one token on, id 0 is IGNORED."""
         device = self._storage.device
-        starts, lengths = (torch.from_numpy(a[indices]).to(device)[:, None] for a in (self.offsets, self.lengths))   # (B, 1)
-        columns = torch.arange(int(self.lengths[indices].max()), device=device)                                      # (T + 1,)
-        is_real = columns < lengths                                                                                  # (B, T + 1)
+        where = torch.from_numpy(np.stack([self.offsets[indices], self.lengths[indices]]))           # (2, B)
+        if device.type == "cuda":
+            where = where.pin_memory()           # else the copy would wait for all that the GPU still has to do
+        starts, lengths = where.to(device, non_blocking=True)[:, :, None]                            # 2 x (B, 1)
+        columns = torch.arange(int(self.lengths[indices].max()), device=device)                      # (T + 1,)
+        is_real = columns < lengths                                                                  # (B, T + 1)
         rows = torch.where(is_real, self._storage[torch.where(is_real, starts + columns, 0)].long() & 0xFFFF, 0)
         inputs, targets = rows[:, :-1], rows[:, 1:]
-        return inputs, targets.masked_fill(targets == 0, IGNORED)      # padding, and characters the tokenizer does not know
+        return inputs, targets.masked_fill(targets == 0, IGNORED)    # padding, and what the tokenizer does not know
 
 
 def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
@@ -265,6 +268,6 @@ def bulletin_losses(model, tokens: Tokens, batch_size: int = 64) -> tuple[np.nda
         indices = order[start:start + batch_size]
         inputs, targets = tokens.batch(indices)
         nll = F.cross_entropy(model(inputs).transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        nats[indices] = nll.sum(1, dtype=torch.float64).cpu()        # (B, T) -> (B,)
+        nats[indices] = nll.cpu().sum(1, dtype=torch.float64)        # (B, T) -> (B,)
         n_targets[indices] = (targets != IGNORED).sum(1).cpu()
     return nats, n_targets

@@ -4,19 +4,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+WAIT = timedelta(hours=2)     # for a process that encodes the corpus or measures the model while the others wait
 N_TRIAL_STEPS = 3
 WORTH_COMPILING_S = 300       # eager runs shorter than this are over before a compiler has paid for itself
 
 
 def pick_device(name: str | None) -> torch.device:
     """Return the device asked for, or the best there is; raise ValueError if what was asked for is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and is_alone, "cpu": True}
     if name is None:
         name = next(kind for kind, is_there in present.items() if is_there)
     if not present[name]:
@@ -41,7 +44,7 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # gloo carries what the processes say about themselves, NCCL the gradients of GPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -52,7 +55,11 @@ class Ranks:
         """Return the loss with its gradients averaged over all processes."""
         if self.n == 1:
             return loss
-        return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        # Looking for unused parameters keeps the gradients' buckets as they are first made. Otherwise they are made anew
+        # after the first step, also after the first one of a resumed run, and three or more addends in another order
+        # have another sum.
+        return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None,
+                                       gradient_as_bucket_view=True, find_unused_parameters=self.n > 2)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a number over all processes."""
@@ -60,9 +67,13 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def any(self, is_so: bool) -> bool:
-        """Return whether it is so in at least one process."""
-        return bool(self.sum(torch.tensor(int(is_so))))
+    def any(self, *are_so: bool) -> list[bool]:
+        """Return of each whether it is so in at least one process."""
+        return self.sum(torch.tensor(are_so, dtype=torch.int32)).bool().tolist()
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        self.any(False)
 
     def first(self, value: float) -> float:
         """Return the first process's value."""
@@ -76,29 +87,30 @@ class Ranks:
 # ---------------------------------------------------------------- compilation
 
 
-def compiled_if_faster(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, n_steps: int, dtype: torch.dtype) -> tuple[Callable, bool]:
-    """Return (loss, False), or (its compiled form, True) where that makes a run of n_steps end sooner, compiler included.
+def pays_to_compile(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, n_steps: int, dtype: torch.dtype) -> bool:
+    """Tell whether n_steps passes over such a batch [B, T] end sooner compiled, compiler included; measured, not guessed.
 
-    Measured on one batch [B, T]; weights stay as they are. A CPU in float32 is not tried: nearly all its time goes into
-    matrix products, which a compiler leaves as they are.
+    A CPU in float32 is not tried: nearly all its time goes into matrix products, which a compiler leaves as they are.
+    Leaves no gradients behind.
     """
     if inputs.device.type == "mps" or inputs.device.type == "cpu" and dtype == torch.float32:
-        return loss, False
-    eager_s = n_steps * step_s(loss, inputs, targets)
-    if eager_s < WORTH_COMPILING_S:
-        return loss, False
-    print("compiling, about a minute ...", file=sys.stderr)
-    compiled, started = compile_loss(loss), time.perf_counter()
+        return False
     try:
-        step_s(compiled, inputs, targets, n_times=1)
-        compile_s = time.perf_counter() - started
-        compiled_s = n_steps * step_s(compiled, inputs, targets)
-    except Exception as error:        # a compiler fails in as many ways as there are machines, and eager is always right
-        print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?", file=sys.stderr)
-        return loss, False
+        step_s(loss, inputs, targets, n_times=1)              # the first one prepares much
+        eager_s = n_steps * step_s(loss, inputs, targets)
+        if eager_s < WORTH_COMPILING_S:
+            return False
+        print("compiling, about a minute ...", file=sys.stderr)
+        compiled, started = compile_loss(loss), time.perf_counter()
+        try:
+            step_s(compiled, inputs, targets, n_times=1)
+            compile_s = time.perf_counter() - started
+            return compile_s + n_steps * step_s(compiled, inputs, targets) < eager_s
+        except Exception as error:    # a compiler fails in as many ways as there are machines, and eager is always right
+            print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?", file=sys.stderr)
+            return False
     finally:
         loss.zero_grad()
-    return (compiled, True) if compile_s + compiled_s < eager_s else (loss, False)
 
 
 def compile_loss(loss: nn.Module) -> Callable:

@@ -312,10 +312,12 @@ class GPT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         recipe = Config.load(folder).train if (folder / "config.json").exists() else None
-        partial = folder / "config.json.partial"
-        partial.write_text(json.dumps(Config(self.config, recipe).to_json(), indent=4) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "config.json")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        partial = folder / "model.safetensors.partial"
-        partial.write_bytes(save(weights))       # save_file would keep the file from other users
-        os.replace(partial, folder / "model.safetensors")
+        config = json.dumps(Config(self.config, recipe).to_json(), indent=4) + "\n"
+        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
+        for name, content in (("config.json", config.encode()), ("model.safetensors", weights)):
+            partial = folder / f"{name}.partial"
+            with partial.open("wb") as file:     # save_file would keep the file from other users
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, folder / name)

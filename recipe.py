@@ -77,9 +77,8 @@ class HeadLoss(torch.autograd.Function):
         logits = states @ head.T                                                        # (N, C) -> (N, V)
         log_p = logits.log_softmax(1, dtype=torch.float32)
         loss = -(log_p.gather(1, column) * is_target).sum()
-        slope = log_p.exp_().to(logits.dtype)                                           # of the loss, in the logits
-        slope.scatter_add_(1, column, torch.full_like(column, -1, dtype=slope.dtype))
-        ctx.save_for_backward(slope @ head * is_target, slope.T @ (states * is_target))  # (N, C), (V, C)
+        slope = log_p.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=log_p.dtype)).to(logits.dtype)
+        ctx.save_for_backward(slope @ head * is_target, slope.T @ (states * is_target))     # (N, C), (V, C)
         return loss
 
     @staticmethod
@@ -109,19 +108,21 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every step is made orthogonal, for the matrices inside the blocks (Jordan et al. 2024).
 
     torch.optim.Muon takes one matrix at a time, in bfloat16, which most CPUs only emulate. Here matrices of one shape
-    are stacked, in float32 on a CPU, and the three parts of a qkv matrix are matrices of their own.
+    are stacked, in float32 on a CPU, and a matrix may be several: the three parts of a qkv matrix have nothing in common.
     """
 
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)      # of the quintic that drives singular values to about 1 in 5 rounds
     N_ROUNDS = 5
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
+        """groups: {"params": matrices, "n_parts": how many matrices each of them is, one below the other}."""
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            parts = [part for p in group["params"] for part in zip(*(self._parts(t) for t in (p, p.grad, self._momentum(p))))]
+            parts = [part for p in group["params"]
+                     for part in zip(*(t.chunk(group["n_parts"]) for t in (p, p.grad, self._momentum(p))))]
             for shape in sorted({tuple(weight.shape) for weight, _, _ in parts}):
                 weights, grads, momenta = zip(*(part for part in parts if tuple(part[0].shape) == shape))
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
@@ -135,10 +136,6 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         return state["momentum"]
-
-    @staticmethod
-    def _parts(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return matrix.chunk(3) if matrix.shape[0] == 3 * matrix.shape[1] else (matrix,)
 
     @classmethod
     def orthogonalised(cls, matrices: torch.Tensor) -> torch.Tensor:
@@ -164,9 +161,11 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     if config.optimizer == "adamw":
         optimizers = [torch.optim.AdamW(model.parameters(), lr=config.peak_lr, **adamw)]
     else:
-        matrices = [p for p in model.trf_blocks.parameters() if p.ndim == 2]
-        rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-        optimizers = [Muon(matrices, config.muon_lr, config.weight_decay), torch.optim.AdamW(rest, lr=config.peak_lr, **adamw)]
+        qkv = [block.att.qkv.weight for block in model.trf_blocks]
+        single = [layer.weight for block in model.trf_blocks for layer in (block.att.proj, *block.ff.layers[::2])]
+        groups = [{"params": qkv, "n_parts": 3}, {"params": single, "n_parts": 1}]
+        rest = [p for p in model.parameters() if id(p) not in {id(matrix) for matrix in qkv + single}]
+        optimizers = [Muon(groups, config.muon_lr, config.weight_decay), torch.optim.AdamW(rest, lr=config.peak_lr, **adamw)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr_ratio"] = group["lr"] / config.peak_lr
@@ -179,9 +178,9 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs: torch.Tensor, targets: torch.Tensor,
                lr: float, rank: int = 0, n_ranks: int = 1,
                micro_batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make one update on inputs and targets [B, T]; return (summed nats of this rank's rows, gradient norm before clipping).
+    """Make one update on inputs and targets [B, T] and return (summed nats of this rank's rows, gradient norm).
 
-    loss: a NextTokenLoss, compiled or within DistributedDataParallel. The update is that of the mean over all targets
+    The norm is that before clipping. loss: a NextTokenLoss, compiled or within DistributedDataParallel. The update is that of the mean over all targets
     of the batch, whichever rank or micro-batch they stand in. Of n_ranks processes, each takes every n_ranks-th row.
     """
     weight = n_ranks / (targets != IGNORED).sum()             # DistributedDataParallel takes the mean over ranks
@@ -204,4 +203,5 @@ def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs:
             group["lr"] = lr * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
+    torch.autograd.graph.increment_version(parameters)        # fused optimizers do not, and generation looks at it
     return nats, grad_norm

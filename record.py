@@ -34,7 +34,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_log(log: list[dict], path: Path, title: str) -> None:
-    """Draw the entries of log.jsonl: losses over steps, epochs and tokens, and below them learning rate and gradient norm."""
+    """Draw the entries of log.jsonl: losses over steps, epochs and tokens, below them learning rate and gradient norm."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -61,21 +61,22 @@ def draw_log(log: list[dict], path: Path, title: str) -> None:
 class Board:
     """The log for TensorBoard, in a folder; without a folder it takes entries and does nothing."""
 
-    def __init__(self, folder: Path | None):
-        """Raise ValueError if TensorBoard is not installed."""
+    def __init__(self, folder: Path | None, step: int):
+        """Go on after a step, forgetting what was logged after it; raise ValueError if TensorBoard is not installed."""
         self._writer = None
         if folder is not None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("--tensorboard: not installed; pip install tensorboard") from None
-            self._writer = SummaryWriter(folder)
+            self._writer = SummaryWriter(folder, purge_step=step + 1)
 
     def add(self, entry: dict) -> None:
         """Add the entry of one evaluation, as in log.jsonl."""
         if self._writer is not None:
             for name, value in entry.items():
-                self._writer.add_scalar(name, value, entry["step"])
+                if name != "step":
+                    self._writer.add_scalar(name, value, entry["step"])
             self._writer.flush()
 
 

@@ -8,10 +8,11 @@ Run:     python train.py --config configs/3M.json
          torchrun --nproc_per_node=2 train.py --config configs/3M.json          # on several devices
 """
 import argparse
+import hashlib
 import math
 import platform
+import shlex
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,14 +25,14 @@ from tqdm import tqdm
 import cli
 from corpus import find_corpus
 from data import IGNORED, Tokens, bulletin_losses, bulletin_of_ids, epoch_batches, load_split, load_tokenizer
-from devices import Ranks, compile_loss, compiled_if_faster, pick_device
+from devices import Ranks, compile_loss, pays_to_compile, pick_device
 from model import BOS, GPT, Config
 from precision import faster_dtype
 from recipe import NextTokenLoss, initialise, learning_rate, make_optimizers, train_step
-from record import (Board, commit_of_checkout, draw_log, hardware, read_log, write_beside, write_json, write_log)
+from record import Board, commit_of_checkout, draw_log, hardware, read_log, write_beside, write_json, write_log
 
 N_EVALUATIONS = 10            # evaluations in a run, unless --eval-every says otherwise
-STEPS_A_CHECK = 10            # after so many steps several processes ask each other whether to stop
+N_LAST_SAMPLES = 3            # bulletins printed at the end
 CHECKPOINT_VERSION = 2        # of what a step computes: a checkpoint of another version would end in other bytes
 
 
@@ -43,17 +44,25 @@ class Run:
         self.device = pick_device(args.device)
         self.tokenizer_path = args.tokenizer
         self.tokenizer = load_tokenizer(self.tokenizer_path, config.model.vocab_size)
-        self.train, self.validation = self._split("train"), self._split("validation")
         self.ranks = Ranks.join(self.device)
+        if not self.ranks.is_first:
+            self.ranks.wait()               # for the first one, which encodes what is not yet encoded
+        self.train, self.validation = self._split("train"), self._split("validation")
+        if self.ranks.is_first:
+            self.ranks.wait()
         self.steps_an_epoch = -(-len(self.train) // config.train.batch_size)
         self.n_steps = min(config.train.n_epochs * self.steps_an_epoch, args.max_steps or sys.maxsize)
-        # What must be the same for a checkpoint to go on to the bytes of an uninterrupted run.
-        self.identity = {"config": config.to_json(), "n_steps": self.n_steps, "train_sha256": self.train.sha256,
-                         "validation_sha256": self.validation.sha256, "device": self.device.type, "processes": self.ranks.n,
-                         "micro_batch_size": args.micro_batch_size, "threads": torch.get_num_threads(),
-                         "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}
-        self.dtype, self.is_compiled = faster_dtype(self.device), None
+        # What must be the same for a checkpoint to go on to the bytes of an uninterrupted run. No random state is
+        # among it: the order of the data is a function of seed and epoch, and a step draws nothing.
+        self.identity = {**{f"{part}.{key}": value for part, keys in config.to_json().items() for key, value in keys.items()},
+                         "tokenizer_sha256": hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest(),
+                         "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256,
+                         "n_steps": self.n_steps, "max_minutes": args.max_minutes, "device": self.device.type,
+                         "processes": self.ranks.n, "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}
+        is_half = self.ranks.first(faster_dtype(self.device) == torch.bfloat16)       # all processes do as the first one
+        self.dtype, self.is_compiled = torch.bfloat16 if is_half else torch.float32, None
         self.step, self.elapsed_s, self.n_tokens = 0, 0.0, 0
+        self.stage = 0                      # how many of the N_EVALUATIONS parts of the schedule are over
         self.checkpoint_path, self.log_path = self.out / "checkpoint.pt", self.out / "log.jsonl"
         self.log: list[dict] = []
 
@@ -62,7 +71,7 @@ class Run:
 
     def make_model(self) -> None:
         """Make the model and optimizers: new from the seed, or with the weights of the model folder given as --config."""
-        if (self.args.config / "model.safetensors").exists():
+        if self.args.config.is_dir():
             self.model = GPT.from_pretrained(self.args.config)
         else:
             self.model = GPT(self.config.model)
@@ -77,11 +86,11 @@ class Run:
         """Make what the steps call: the model with its loss, compiled if that pays, its gradients shared by all processes."""
         loss = NextTokenLoss(self.model, self.dtype)
         if self.is_compiled is None:
-            example = self.train.batch(self.batches(0)[0])
-            loss, self.is_compiled = compiled_if_faster(loss, *example, self.n_steps - self.step, self.dtype)
-        elif self.is_compiled:
-            loss = compile_loss(loss)
-        self.loss = self.ranks.share(loss, self.device)
+            rows = self.batches(0)[0][self.ranks.rank::self.ranks.n][:self.args.micro_batch_size]
+            n_passes = self.n_steps * math.ceil(self.config.train.batch_size / self.ranks.n / max(1, len(rows)))
+            self.is_compiled = self.ranks.is_first and pays_to_compile(loss, *self.train.batch(rows), n_passes, self.dtype)
+            self.is_compiled = bool(self.ranks.first(self.is_compiled))
+        self.loss = self.ranks.share(compile_loss(loss) if self.is_compiled else loss, self.device)
 
     def batches(self, epoch: int) -> list:
         return epoch_batches(self.train.lengths, self.config.train.batch_size, self.config.train.seed, epoch)
@@ -89,30 +98,35 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self) -> None:
-        """Write what the run needs to go on; all processes hold the same, so that the first one alone writes."""
+        """Write what the run needs to go on; all processes hold the same, so the first one writes and the others wait."""
         tally = self.ranks.sum(self.tally.clone())
         if self.ranks.is_first:
             state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                     "step": self.step, "elapsed_s": self.elapsed_s, "n_tokens": self.n_tokens, "dtype": str(self.dtype),
-                     "is_compiled": self.is_compiled, "tally": tally, "identity": self.identity}
+                     "step": self.step, "stage": self.stage, "elapsed_s": self.elapsed_s, "n_tokens": self.n_tokens,
+                     "dtype": str(self.dtype),
+                     "is_compiled": self.is_compiled, "threads": torch.get_num_threads(), "tally": tally,
+                     "identity": self.identity}
             write_beside(self.checkpoint_path, lambda partial: torch.save(state, partial))
+        self.ranks.wait()
 
     def load_checkpoint(self) -> None:
         """Go on from the checkpoint; raise ValueError naming what differs if it is of another run."""
         try:
             state = torch.load(self.checkpoint_path, weights_only=True, map_location=self.device)
+            before = state["identity"]
         except Exception as error:          # torch.load raises several kinds for a file that is not a checkpoint
-            raise ValueError(f"{self.checkpoint_path}: not a checkpoint ({type(error).__name__})") from None
-        differing = [name for name, value in self.identity.items() if state["identity"].get(name) != value]
-        if differing:
-            told = "; ".join(f"{name} was {state['identity'].get(name)}, is {self.identity[name]}" for name in differing)
+            raise ValueError(f"{self.checkpoint_path}: not a checkpoint of a run ({type(error).__name__})") from None
+        names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]
+        if names:
+            told = "; ".join(f"{name} was {before.get(name)}, is {self.identity.get(name)}" for name in names)
             raise ValueError(f"{self.checkpoint_path}: cannot go on, the run was started otherwise: {told}")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        for name in ("step", "elapsed_s", "n_tokens", "is_compiled"):
+        for name in ("step", "stage", "elapsed_s", "n_tokens", "is_compiled"):
             setattr(self, name, state[name])
         self.dtype = torch.bfloat16 if state["dtype"] == "torch.bfloat16" else torch.float32
+        torch.set_num_threads(state["threads"])
         if self.ranks.is_first:             # holds the sum over all processes
             self.tally = state["tally"]
         # Entries written after the checkpoint will be written again.
@@ -122,13 +136,12 @@ class Run:
 
     def loop(self) -> None:
         """Train to the last step; raise KeyboardInterrupt, with a checkpoint written, if asked to stop before."""
-        eval_every = self.args.eval_every or math.ceil(self.n_steps / N_EVALUATIONS)
-        started, saved, first_step = time.perf_counter() - self.elapsed_s, time.perf_counter(), self.step
+        started, saved = time.perf_counter() - self.elapsed_s, time.perf_counter()
         bar = tqdm(total=self.n_steps, initial=self.step, unit="step", smoothing=0.05,
                    disable=None if self.ranks.is_first else True)
-        with StopSignal() as stop, bar:
+        with cli.StopSignal() as stop, bar:
             for inputs, targets, n_tokens in self.remaining_batches():
-                schedule_step = self.schedule_step()
+                schedule_step, is_evaluation = self.schedule_step()
                 lr = learning_rate(schedule_step, self.n_steps, self.config.train)
                 nats, grad_norm = train_step(self.loss, self.optimizers, inputs, targets, lr, self.ranks.rank, self.ranks.n,
                                              self.args.micro_batch_size)
@@ -141,18 +154,15 @@ class Run:
                 if not bar.disable and self.step % 20 == 0:
                     loss, tokens_per_s = self.tally[0] * self.ranks.n / self.tally[1], self.n_tokens / self.elapsed_s
                     bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {tokens_per_s:,.0f} tok/s")
-                is_over = schedule_step >= self.n_steps
-                if self.step % eval_every == 0 or is_over:
+                if is_evaluation:
                     self.evaluate(lr, grad_norm, bar)
-                is_asked, is_due = stop.asked, time.perf_counter() - saved > self.args.checkpoint_every
-                if self.ranks.n > 1:        # all or none, and asking costs time
-                    is_turn = (self.step - first_step) % STEPS_A_CHECK == 0
-                    is_asked, is_due = is_turn and self.ranks.any(is_asked), is_turn and self.ranks.any(is_due)
-                if is_asked or (is_due and not is_over):
+                if schedule_step == self.n_steps:        # no checkpoint of the last step: an earlier one leads to it too
+                    return
+                is_due = time.perf_counter() - saved > self.args.checkpoint_every
+                is_asked, is_due = self.ranks.any(stop.asked, is_due)
+                if is_asked or is_due:
                     self.save_checkpoint()
                     saved = time.perf_counter()
-                if is_over:
-                    return
                 if is_asked:
                     raise KeyboardInterrupt(f"at step {self.step:,} of {self.n_steps:,}; --resume goes on from "
                                             f"{self.checkpoint_path}")
@@ -164,12 +174,20 @@ class Run:
             for indices in self.batches(epoch)[position:]:
                 yield *self.train.batch(indices), int(self.train.lengths[indices].sum()) - len(indices)
 
-    def schedule_step(self) -> int:
-        """Return where in the learning rate's schedule the next step stands: --max-minutes moves it on with the clock."""
-        if self.args.max_minutes is None:
-            return self.step + 1
-        by_clock = self.n_steps * self.ranks.first(self.elapsed_s) / (60 * self.args.max_minutes)
-        return min(self.n_steps, max(self.step + 1, math.ceil(by_clock)))
+    def schedule_step(self) -> tuple[int, bool]:
+        """Return where in the schedule the next step stands, and whether an evaluation follows it.
+
+        --max-minutes moves the schedule on with the clock.
+        """
+        step = self.step + 1
+        if self.args.max_minutes is not None:
+            by_clock = self.n_steps * self.ranks.first(self.elapsed_s) / (60 * self.args.max_minutes)
+            step = min(self.n_steps, max(step, math.ceil(by_clock)))
+        if self.args.eval_every is not None:
+            return step, step == self.n_steps or (self.step + 1) % self.args.eval_every == 0
+        stage = step * N_EVALUATIONS // self.n_steps
+        is_next, self.stage = stage > self.stage, stage
+        return step, is_next
 
     def evaluate(self, lr: float, grad_norm: torch.Tensor, bar: tqdm) -> None:
         """Measure the whole validation split, add an entry to the log, redraw its figure and say it in one line."""
@@ -179,15 +197,15 @@ class Run:
             return
         self.model.eval()
         val_nats, n_val_targets = bulletin_losses(self.model, self.validation)
-        entry = {"step": self.step, "epoch": round(self.step / self.steps_an_epoch, 4), "n_tokens": self.n_tokens,
+        entry = {"step": self.step, "epoch": self.step / self.steps_an_epoch, "n_tokens": self.n_tokens,
                  "loss": nats / n_targets, "val_loss": float(val_nats.sum() / n_val_targets.sum()),
                  "lr": lr, "grad_norm": grad_norm.item(), "elapsed_s": round(self.elapsed_s, 1)}
         self.log.append(entry)
         write_log(self.log_path, self.log)
         draw_log(self.log, self.out / "loss.png", self.out.name)
-        self.args.board.add(entry)
+        self.board.add(entry)
         bar.write(f"step {self.step}/{self.n_steps}  loss {entry['loss']:.3f}  val {entry['val_loss']:.3f}  lr {lr:.1e}  "
-                  f"norm {entry['grad_norm']:.2f}  {entry['elapsed_s']:.0f} s", file=sys.stderr)
+                  f"norm {entry['grad_norm']:.2f}  {self.n_tokens / self.elapsed_s:,.0f} tok/s", file=sys.stderr)
         for headline, story in self.samples(self.args.samples):
             bar.write(f"    {headline} </h> {story}", file=sys.stderr)
         self.model.train()
@@ -210,37 +228,20 @@ class Run:
             "n_too_long": self.train.n_too_long, "n_malformed": self.train.n_malformed, "n_steps": self.step,
             "n_tokens_seen": self.n_tokens, "elapsed_s": round(self.elapsed_s, 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python", *map(str, self.args.command_line)]), "commit": commit_of_checkout(),
+            "command": shlex.join(["python", *map(str, self.args.command_line)]), "commit": commit_of_checkout(),
             "precision": str(self.dtype).removeprefix("torch."), "is_compiled": self.is_compiled, "n_processes": self.ranks.n,
             "cpu_threads": torch.get_num_threads(), "hardware": hardware(self.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            **{k: self.identity[k] for k in ("config", "train_sha256", "validation_sha256")}})
+            "config": self.config.to_json(), "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256})
         self.model.eval().save_pretrained(self.out)
-        self.checkpoint_path.unlink(missing_ok=True)
-
-
-class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second one stops at once."""
-
-    def __enter__(self) -> "StopSignal":
-        self.asked = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number: int, frame) -> None:
-        if self.asked:
-            signal.default_int_handler(number, frame)
-        self.asked = True
-
-    def __exit__(self, *exc_info) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for leftover in self.out.glob("checkpoint.pt*"):
+            leftover.unlink()
 
 
 # ---------------------------------------------------------------- command line
 
 
-def check_arguments(args: argparse.Namespace) -> Config:
+def complete(args: argparse.Namespace) -> Config:
     """Fill in what the command line leaves open and return the config; raise ValueError for what makes no sense."""
     config = Config.load(args.config)
     if config.train is None:
@@ -253,7 +254,7 @@ def check_arguments(args: argparse.Namespace) -> Config:
     is_further = (args.config / "tokenizer.model").exists()
     args.tokenizer = args.tokenizer or (args.config / "tokenizer.model" if is_further else
                                         Path("tokenizers") / f"tinynewstokenizer{config.model.vocab_size}.model")
-    if (args.out / "model.safetensors").exists():
+    if (args.out / "model.safetensors").exists() and not args.resume:
         raise ValueError(f"{args.out}: holds a finished model; choose another --out")
     if (args.out / "checkpoint.pt").exists() and not args.resume:
         raise ValueError(f"{args.out}: holds an unfinished run; --resume goes on with it, or choose another --out")
@@ -261,12 +262,15 @@ def check_arguments(args: argparse.Namespace) -> Config:
 
 
 def train(args: argparse.Namespace) -> None:
-    config = check_arguments(args)
+    config = complete(args)
+    if (args.out / "model.safetensors").exists():
+        print(f"{args.out}: finished already", file=sys.stderr)
+        return
     run = Run(args, config)
-    args.board = Board(args.out if args.tensorboard and run.ranks.is_first else None)
     run.make_model()
     if args.resume and run.checkpoint_path.exists():
         run.load_checkpoint()
+    run.board = Board(args.out if args.tensorboard and run.ranks.is_first else None, run.step)
     if run.ranks.is_first:
         run.out.mkdir(parents=True, exist_ok=True)
         write_json(run.out / "config.json", config.to_json())
@@ -279,13 +283,13 @@ def train(args: argparse.Namespace) -> None:
         run.make_loss()
         run.loop()
     except torch.OutOfMemoryError:
-        raise OSError(f"out of memory on {run.device}: lower --micro-batch-size (now {args.micro_batch_size or 'the whole'} "
-                      f"batch of {config.train.batch_size}); the result stays the same") from None
+        raise OSError(f"out of memory on {run.device}: --resume with --micro-batch-size below "
+                      f"{args.micro_batch_size or config.train.batch_size}; the result stays the same") from None
     if run.ranks.is_first:
         run.finish()
         print(f"validation loss {run.log[-1]['val_loss']:.3f} nats per token after {run.step:,} steps "
               f"and {run.elapsed_s:.0f} s; model in {run.out}")
-        for headline, story in run.samples(3):
+        for headline, story in run.samples(N_LAST_SAMPLES):
             print(f"\n{headline}\n  {story}")
     run.ranks.leave()
 
@@ -304,9 +308,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-steps", type=int, help="end after so many steps; the schedule spans them")
     parser.add_argument("--max-minutes", type=float, help="end after so many minutes of training; the schedule spans them")
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help=f"default: {N_EVALUATIONS} times in the run")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="bulletins shown at each evaluation (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N",
+                        help="bulletins shown at each evaluation (default: %(default)s)")
     parser.add_argument("--checkpoint-every", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
-    parser.add_argument("--tensorboard", action="store_true", help="also log to --out for TensorBoard, which must be installed")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="also log to --out for TensorBoard, which must be installed")
     args = parser.parse_args(argv)
     args.command_line = ["train.py", *(sys.argv[1:] if argv is None else argv)]
     return cli.run(lambda: train(args))

@@ -112,11 +112,34 @@ def test_muon_makes_every_singular_value_near_one(shape):
 def test_muon_takes_the_step_of_pytorchs():
     """Up to the bfloat16 of torch.optim.Muon, and for matrices that are not stacks of three."""
     ours, theirs = (torch.nn.Parameter(torch.ones(16, 32)) for _ in range(2))
-    first, second = recipe.Muon([ours], 0.02, 0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    first, second = recipe.Muon([{"params": [ours], "n_parts": 1}], 0.02, 0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
     for seed in range(3):
         ours.grad = theirs.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
         first.step(), second.step()
     torch.testing.assert_close(ours.data, theirs.data, atol=5e-3, rtol=0)
+
+
+def test_muon_takes_the_three_parts_of_a_stack_by_themselves():
+    stack, *parts = (torch.nn.Parameter(torch.ones(n, 4)) for n in (12, 4, 4, 4))
+    stack.grad = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    for part, grad in zip(parts, stack.grad.chunk(3)):
+        part.grad = grad
+    recipe.Muon([{"params": [stack], "n_parts": 3}], 0.02, 0.1).step()
+    recipe.Muon([{"params": parts, "n_parts": 1}], 0.02, 0.1).step()
+    torch.testing.assert_close(stack.data, torch.cat([part.data for part in parts]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_model_writes_with_its_newest_weights(optimizer):
+    """Generation keeps packed copies of the weights and must see that a step has changed them."""
+    model, loss, optimizers = new(dataclasses.replace(TRAIN, optimizer=optimizer))
+    for step in range(3):
+        for seed in range(20):
+            recipe.train_step(loss, optimizers, *batch(seed=seed), 0.01)
+        ids = [5, 6]
+        while len(ids) < 12:
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert model.generate([[5, 6]], 10, stop_id=None) == [ids]
 
 
 def test_muon_goes_on_from_its_state():
@@ -139,15 +162,16 @@ def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
     monkeypatch.setattr(devices, "WORTH_COMPILING_S", 0)
     monkeypatch.setattr(torch, "compile", lambda loss, **options: lambda *batch: (_ for _ in ()).throw(RuntimeError("no g++")))
     _, loss, _ = new()
-    assert devices.compiled_if_faster(loss, *batch(), 1000, torch.bfloat16) == (loss, False)
+    assert not devices.pays_to_compile(loss, *batch(), 1000, torch.bfloat16)
     assert "is there a C++ compiler?" in capsys.readouterr().err and all(p.grad is None for p in loss.parameters())
 
 
 def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
     _, loss, _ = new()
-    assert devices.compiled_if_faster(loss, *batch(), 1, torch.bfloat16) == (loss, False)
-    assert devices.compiled_if_faster(loss, *batch(), 10**9, torch.float32) == (loss, False)
+    assert not devices.pays_to_compile(loss, *batch(), 1, torch.bfloat16)
+    assert not devices.pays_to_compile(loss, *batch(), 10**9, torch.float32)
+    assert all(p.grad is None for p in loss.parameters())             # the first step must not find gradients of a trial
 
 
 @pytest.mark.slow

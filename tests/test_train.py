@@ -135,7 +135,7 @@ def test_a_signal_saves_and_resume_goes_on(finished, small, tmp_path, number):
     refused = subprocess.run(command(small, out), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "unfinished run" in refused.stderr
     other = subprocess.run(command(small, out, "--resume", "--max-steps", 40), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert other.returncode == 2 and "n_steps was 45, is 40" in other.stderr
+    assert other.returncode == 2 and "started otherwise: n_steps was 45, is 40" in other.stderr
     assert start_until(small, out, 0).communicate(timeout=120) and (out / "model.safetensors").exists()
     assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
@@ -154,6 +154,27 @@ def test_bad_input_is_one_line(small, tmp_path, spoil, message):
     assert not (tmp_path / "model").exists()
 
 
+def test_resuming_what_is_finished_is_no_error(finished, small, capsys):
+    before = (finished[0] / "model.safetensors").read_bytes()
+    assert train.main(command(small, finished[0], "--resume")[2:]) == 0
+    assert "finished already" in capsys.readouterr().err and (finished[0] / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(small, tmp_path, capsys):
+    out = tmp_path / "model"
+    process = start_until(small, out, 1)
+    process.kill()
+    process.communicate()
+    config = json.loads((small / "config.json").read_text())
+    config["train"]["peak_lr"] = 0.02
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    assert train.main([*command(small, out, "--resume")[2:], "--config", str(tmp_path / "other.json")]) == 2
+    assert "started otherwise: train.peak_lr was 0.01, is 0.02\n" in capsys.readouterr().err
+    torch.save({"step": 1}, out / "checkpoint.pt")
+    assert train.main(command(small, out, "--resume")[2:]) == 2
+    assert "checkpoint.pt: not a checkpoint of a run" in capsys.readouterr().err
+
+
 def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small, tmp_path):
     refused = subprocess.run(command(small, finished[0]), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "finished model" in refused.stderr
@@ -166,8 +187,30 @@ def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small
 def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path):
     done = subprocess.run(command(small, tmp_path / "model", "--max-minutes", 0.002, "--samples", 0), cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
-    last = without_times(tmp_path / "model" / "log.jsonl")[-1]
-    assert done.returncode == 0 and last["step"] < 45 and last["lr"] == pytest.approx(0.1 * 0.01)
+    log = without_times(tmp_path / "model" / "log.jsonl")
+    assert done.returncode == 0 and log[-1]["step"] < 45 and log[-1]["lr"] == pytest.approx(0.1 * 0.01)
+
+
+def test_micro_batches_end_where_whole_batches_do(finished, small, tmp_path):
+    done = subprocess.run(command(small, tmp_path / "model", "--micro-batch-size", 3), cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0
+    for a, b in zip(without_times(finished[0] / "log.jsonl"), without_times(tmp_path / "model" / "log.jsonl"), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+
+
+def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError
+    monkeypatch.setattr(train, "train_step", full)
+    assert train.main(command(small, tmp_path / "model")[2:]) == 1
+    assert capsys.readouterr().err.endswith(
+        "error: out of memory on cpu: --resume with --micro-batch-size below 8; the result stays the same\n")
+
+
+def test_tensorboard_is_asked_for_by_name(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert train.main(command(small, tmp_path / "model", "--tensorboard")[2:]) == 2
+    assert capsys.readouterr().err == "error: --tensorboard: not installed; pip install tensorboard\n"
 
 
 @pytest.mark.parametrize("flag, value", [("--max-steps", 0), ("--max-minutes", -1), ("--eval-every", 0), ("--micro-batch-size", 0)])
