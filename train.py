@@ -33,6 +33,7 @@ from record import Board, commit_of_checkout, draw_log, hardware, read_log, writ
 
 N_EVALUATIONS = 10            # evaluations in a run, unless --eval-every says otherwise
 N_LAST_SAMPLES = 3            # bulletins printed at the end
+DRAW_EVERY_S = 10             # loss.png is drawn anew at an evaluation, if the last time is so long ago
 CHECKPOINT_VERSION = 2        # of what a step computes: a checkpoint of another version would end in other bytes
 
 
@@ -65,6 +66,7 @@ class Run:
         self.stage = 0                      # how many of the N_EVALUATIONS parts of the schedule are over
         self.checkpoint_path, self.log_path = self.out / "checkpoint.pt", self.out / "log.jsonl"
         self.log: list[dict] = []
+        self.drawn = time.perf_counter()
 
     def _split(self, split: str) -> Tokens:
         return load_split(self.args.data, split, self.tokenizer_path, self.config.model.context_length)
@@ -202,13 +204,18 @@ class Run:
                  "lr": lr, "grad_norm": grad_norm.item(), "elapsed_s": round(self.elapsed_s, 1)}
         self.log.append(entry)
         write_log(self.log_path, self.log)
-        draw_log(self.log, self.out / "loss.png", self.out.name)
+        if time.perf_counter() - self.drawn > DRAW_EVERY_S:
+            self.draw()
         self.board.add(entry)
         bar.write(f"step {self.step}/{self.n_steps}  loss {entry['loss']:.3f}  val {entry['val_loss']:.3f}  lr {lr:.1e}  "
                   f"norm {entry['grad_norm']:.2f}  {self.n_tokens / self.elapsed_s:,.0f} tok/s", file=sys.stderr)
         for headline, story in self.samples(self.args.samples):
             bar.write(f"    {headline} </h> {story}", file=sys.stderr)
         self.model.train()
+
+    def draw(self) -> None:
+        draw_log(self.log, self.out / "loss.png", self.out.name)
+        self.drawn = time.perf_counter()
 
     def samples(self, n: int) -> list[tuple[str, str]]:
         """Return n bulletins (headline, story) that the model writes by itself."""
@@ -222,6 +229,7 @@ class Run:
         vocab = self.tokenizer_path.with_suffix(".vocab")
         if vocab.exists():
             shutil.copyfile(vocab, self.out / "tokenizer.vocab")
+        self.draw()
         write_json(self.out / "run.json", {
             "val_loss": self.log[-1]["val_loss"], "n_parameters": sum(p.numel() for p in self.model.parameters()),
             "n_bulletins": len(self.train), "n_tokens": int(self.train.lengths.sum()),

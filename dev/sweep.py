@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,10 @@ def variants(paths: list[Path], vary: list[list[str]]) -> dict[str, dict]:
 
     Raises ValueError for a key that configs do not have or a value that it cannot take.
     """
-    found = {}
+    found: dict[str, dict] = {}
+    for key, *values in vary:
+        if not values or key == "train.seed":
+            raise ValueError(f"--vary {key}: " + ("expected values after the key" if not values else "seeds are --seeds"))
     for path in paths:
         for values in itertools.product(*(options for _, *options in vary)):
             config = Config.load(path).to_json()
@@ -38,14 +42,22 @@ def variants(paths: list[Path], vary: list[list[str]]) -> dict[str, dict]:
                 except (KeyError, json.JSONDecodeError):         # a bare word is a string, such as cosine
                     config.setdefault(part, {})[name] = value
             from_json(Config, config, "")
-            found[" ".join([path.stem, *(f"{key.split('.')[-1]}={value}" for (key, *_), value in zip(vary, values))])] = config
+            name = " ".join([path.stem, *(f"{key.split('.')[-1]}={value}" for (key, *_), value in zip(vary, values))])
+            if name in found:
+                raise ValueError(f"--config {path}: another config is named {path.stem} too")
+            found[name] = config
     return found
 
 
-def train_one(config: dict, seed: int, args: argparse.Namespace) -> dict:
+def settings_of(config: dict, seed: int, args: argparse.Namespace) -> dict:
+    """Return all that a run depends on, as it is kept beside its result."""
+    return {"config": {**config, "train": {**config["train"], "seed": seed}}, "data": str(args.data),
+            "tokenizer": str(args.tokenizer), "max_steps": args.max_steps, "max_minutes": args.max_minutes}
+
+
+def train_one(config: dict, args: argparse.Namespace) -> dict:
     """Train one variant and return its log and what run.json says of it."""
-    config = {**config, "train": {**config["train"], "seed": seed}}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         path, out = Path(folder) / "config.json", Path(folder) / "model"
         path.write_text(json.dumps(config))
         flags = {"--max-steps": args.max_steps, "--max-minutes": args.max_minutes, "--tokenizer": args.tokenizer}
@@ -57,7 +69,7 @@ def train_one(config: dict, seed: int, args: argparse.Namespace) -> dict:
             raise ValueError("a run failed; the line above says why")
         facts = json.loads((out / "run.json").read_text())
         return {"log": read_log(out / "log.jsonl"), **{k: facts[k] for k in (
-            "val_loss", "n_steps", "n_tokens_seen", "elapsed_s", "config", "train_sha256", "commit", "hardware", "precision")}}
+            "val_loss", "n_steps", "n_tokens_seen", "elapsed_s", "train_sha256", "commit", "hardware", "precision")}}
 
 
 def draw(runs: dict[str, dict], path: Path) -> None:
@@ -83,9 +95,12 @@ def sweep(args: argparse.Namespace) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed, (name, config) in itertools.product(range(args.seeds), wanted.items()):
         key = f"{name} seed {seed}"
+        settings = settings_of(config, seed, args)
+        if key in runs and runs[key]["settings"] != settings:
+            raise ValueError(f"{args.out}: holds {key!r} with other settings; choose another --out")
         if key not in runs:
             print(key, file=sys.stderr)
-            runs[key] = train_one(config, seed, args)
+            runs[key] = {"settings": settings, **train_one(settings["config"], args)}
             write_json(args.out, runs)
             draw(runs, args.out.with_suffix(".png"))
     width = max(map(len, wanted)) + 2

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Measure a model folder: loss.json, samples.jsonl (128 bulletins), quality.json are written into it.
-#     bash runs/measure.sh results/3M
+# Measure a model folder: loss.json, samples.jsonl (128 bulletins) and quality.json are written into it.
+#     bash runs/measure.sh results/3M [CORPUS_FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/environment.sh
-python evaluate.py loss --model "$1" --json > "$1/loss.json"
-python sample.py --model "$1" -n 128 --seed 0 --json > "$1/samples.jsonl"
-python evaluate.py quality --samples "$1/samples.jsonl" --json > "$1/quality.json"
+model=$1 corpus=${2:-training_data}
+for held_out in "$corpus"/validation.txt "$corpus"/validation.txt.xz; do
+    [ -e "$held_out" ] && break
+done
+python evaluate.py loss --model "$model" --data "$held_out" --json > "$model/loss.json"
+python sample.py --model "$model" -n 128 --seed 0 --json > "$model/samples.jsonl"
+python evaluate.py quality --samples "$model/samples.jsonl" --data "$corpus" --json > "$model/quality.json"

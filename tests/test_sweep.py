@@ -1,0 +1,43 @@
+"""dev/sweep.py: variants, runs that are kept, runs that are refused."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "dev"))
+import sweep  # noqa: E402
+
+
+def arguments(small: Path, out: Path, *more) -> list[str]:
+    return ["--config", str(small / "config.json"), "--data", str(small), "--tokenizer", str(small / "tokenizer.model"),
+            "--max-steps", "4", "--out", str(out), *more]
+
+
+def test_a_sweep_trains_what_is_missing_and_nothing_twice(small, tmp_path, capsys, monkeypatch):
+    out, vary = tmp_path / "sweeps" / "lr.json", ["--vary", "train.peak_lr", "1e-5", "1e-2"]
+    assert sweep.main(arguments(small, out, *vary)) == 0
+    table = capsys.readouterr().out.splitlines()
+    losses = {line.split()[1]: float(line.split()[2]) for line in table[1:]}
+    assert losses["peak_lr=1e-2"] < losses["peak_lr=1e-5"] and out.with_suffix(".png").exists()
+    before = json.loads(out.read_text())
+    assert list(before) == ["config peak_lr=1e-5 seed 0", "config peak_lr=1e-2 seed 0"]
+    asked = []
+    monkeypatch.setattr(sweep, "train_one", lambda config, args: asked.append(config["train"]) or before[next(iter(before))])
+    assert sweep.main(arguments(small, out, *vary, "--seeds", "2")) == 0
+    assert [(train["peak_lr"], train["seed"]) for train in asked] == [(1e-5, 1), (1e-2, 1)]
+    assert sweep.main([*arguments(small, out, *vary), "--max-steps", "5"]) == 2
+    assert "holds 'config peak_lr=1e-5 seed 0' with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vary, message", [
+    (["train.peak", "1"], "unknown key train.peak"),
+    (["train.schedule", "zigzag"], "train.schedule must be cosine or linear or wsd"),
+    (["train.peak_lr"], "expected values after the key"),
+    (["train.seed", "1"], "seeds are --seeds"),
+    (["schedule", "wsd"], "unknown key schedule"),
+])
+def test_bad_variants_are_one_line(small, tmp_path, vary, message, capsys):
+    assert sweep.main(arguments(small, tmp_path / "out.json", "--vary", *vary)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out.json").exists()
