@@ -95,6 +95,6 @@ def test_raw_answers_become_tokenizers(tmp_path):
     notebook = run("train_tokenizer.ipynb", RAW=folder, OUT=tmp_path / "out", SIZES=[256, 512, 100_000])
     said = printed(notebook)
     assert "62 answers, 62 bulletins, 60 accepted" in said and "repeated: " in said and "unfinished: " in said
-    assert "100,000 pieces: none." in said and "set it to a value <=" in said
+    assert "100,000 pieces: none." in said and "this text fills at most" in said
     assert sorted(path.name for path in (tmp_path / "out").glob("*.model")) == [
         "tinynewstokenizer256.model", "tinynewstokenizer512.model"]
