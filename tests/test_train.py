@@ -1,5 +1,6 @@
 """The training step against the published recipe, and the run: resumed equals uninterrupted, bad input is one line."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -132,6 +133,21 @@ def test_a_signal_saves_and_resume_goes_on(finished, small, tmp_path, capsys):
     assert "started otherwise: n_steps was 45, is 40" in capsys.readouterr().err
     assert start_until(small, out, 0).communicate(timeout=120) and (out / "model.safetensors").exists()
     assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop(finished, small, tmp_path, monkeypatch):
+    """A checkpoint of the last step would be resumed with one step too many."""
+    evaluate, saved = train.Run.evaluate, []
+
+    def signalled(run, *args):
+        evaluate(run, *args)
+        if run.step == run.n_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Run, "evaluate", signalled)
+    monkeypatch.setattr(train.Run, "save_checkpoint", lambda run: saved.append(run.step))
+    assert train.main(command(small, tmp_path / "model")[2:]) == 0 and not saved
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("spoil, message", [
