@@ -52,7 +52,8 @@ def variants(paths: list[Path], vary: list[list[str]]) -> dict[str, dict]:
 def settings_of(config: dict, seed: int, args: argparse.Namespace) -> dict:
     """Return all that a run depends on, as it is kept beside its result."""
     return {"config": {**config, "train": {**config["train"], "seed": seed}}, "data": str(args.data),
-            "tokenizer": str(args.tokenizer), "max_steps": args.max_steps, "max_minutes": args.max_minutes}
+            "tokenizer": str(args.tokenizer), "max_steps": args.max_steps, "max_minutes": args.max_minutes,
+            "eval_every": args.eval_every}
 
 
 def train_one(config: dict, args: argparse.Namespace) -> dict:
@@ -60,7 +61,8 @@ def train_one(config: dict, args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         path, out = Path(folder) / "config.json", Path(folder) / "model"
         path.write_text(json.dumps(config))
-        flags = {"--max-steps": args.max_steps, "--max-minutes": args.max_minutes, "--tokenizer": args.tokenizer}
+        flags = {"--max-steps": args.max_steps, "--max-minutes": args.max_minutes, "--eval-every": args.eval_every,
+                 "--tokenizer": args.tokenizer}
         given = [str(part) for flag, value in flags.items() if value is not None for part in (flag, value)]
         code = train.main(["--config", str(path), "--data", args.data, "--out", str(out), "--samples", "0", *given])
         if code == cli.INTERRUPTED:
@@ -120,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, 2 ... (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="as train.py")
     parser.add_argument("--max-minutes", type=float, help="as train.py")
+    parser.add_argument("--eval-every", type=int, metavar="STEPS", help="as train.py")
     parser.add_argument("--data", default="training_data", help="as train.py (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="as train.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to fill")

@@ -12,7 +12,7 @@ import sweep  # noqa: E402
 
 def arguments(small: Path, out: Path, *more) -> list[str]:
     return ["--config", str(small / "config.json"), "--data", str(small), "--tokenizer", str(small / "tokenizer.model"),
-            "--max-steps", "4", "--out", str(out), *more]
+            "--max-steps", "4", "--eval-every", "2", "--out", str(out), *more]
 
 
 def test_a_sweep_trains_what_is_missing_and_nothing_twice(small, tmp_path, capsys, monkeypatch):
