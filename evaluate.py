@@ -21,6 +21,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 import answers
 import cleaning
 import cli
@@ -179,33 +181,47 @@ def run_quality(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- loss
 
 
-def loss_of(model_folder: Path, data: Path) -> dict:
-    """Return the loss of a model on all bulletins of a file: total by total, with 95% intervals over bulletins.
+def loss_of(model_folder: Path, paths: list[Path]) -> dict:
+    """Return the loss of a model on all bulletins of the files: total by total, with 95% intervals over bulletins.
 
     nats_per_token compares models of one tokenizer, bits_per_byte models of any. Bulletins that do not fit the context
-    are left out and counted.
+    are left out and counted. Of several files, each a source, "sources" has the same for each of them.
     """
     import torch
     from data import bulletin_losses, load_tokenizer, load_tokens
     from model import GPT
-    if not data.is_file():
-        raise FileNotFoundError(f"{data}: no such file; expected one of bulletins, such as training_data/validation.txt.xz")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; expected one of bulletins, such as training_data/validation.txt.xz")
     model = GPT.from_pretrained(model_folder, device="cuda" if torch.cuda.is_available() else "cpu")
     load_tokenizer(model_folder / "tokenizer.model", model.config.vocab_size)
-    tokens = load_tokens([data], model_folder / "tokenizer.model", model.config.context_length)
-    nats, n_targets = bulletin_losses(model, tokens)
+    read = [load_tokens([path], model_folder / "tokenizer.model", model.config.context_length) for path in paths]
+    losses = [bulletin_losses(model, tokens) for tokens in read]
+    nats, n_targets = (np.concatenate(of_all) for of_all in zip(*losses))
+    whole = summary_of_loss(nats, n_targets, read)
+    if len(paths) > 1:
+        whole["sources"] = {str(path): summary_of_loss(*of_one, [tokens]) for path, of_one, tokens in zip(paths, losses, read)}
+    return whole
+
+
+def summary_of_loss(nats: np.ndarray, n_targets: np.ndarray, read: list) -> dict:
+    """Return what loss_of says, for the losses in nats and numbers of targets [N] of the bulletins that were read."""
     loss, (low, high) = nats.sum() / n_targets.sum(), stats.ratio_interval(nats, n_targets)
-    return {"nats_per_token": loss, "low": low, "high": high, "bits_per_byte": nats.sum() / math.log(2) / tokens.n_bytes,
-            "perplexity": math.exp(loss), "n_tokens": int(n_targets.sum()), "n_bytes": tokens.n_bytes,
-            "n_bulletins": len(tokens), "n_too_long": tokens.n_too_long, "n_malformed": tokens.n_malformed}
+    n_bytes = sum(tokens.n_bytes for tokens in read)
+    return {"nats_per_token": loss, "low": low, "high": high, "bits_per_byte": nats.sum() / math.log(2) / n_bytes,
+            "perplexity": math.exp(loss), "n_tokens": int(n_targets.sum()), "n_bytes": n_bytes, "n_bulletins": len(nats),
+            "n_too_long": sum(tokens.n_too_long for tokens in read), "n_malformed": sum(tokens.n_malformed for tokens in read)}
 
 
 def run_loss(args: argparse.Namespace) -> None:
     loss = loss_of(args.model, args.data)
     if args.json:
         print_json(loss)
-    else:
-        print_table([[name, f"{value:,}" if isinstance(value, int) else number(value, 4)] for name, value in loss.items()])
+        return
+    sources = loss.pop("sources", {})
+    print_table([["", *(["all"] if sources else []), *sources]] * bool(sources) + [
+        [name, *(f"{of[name]:,}" if isinstance(value, int) else number(of[name], 4) for of in (loss, *sources.values()))]
+        for name, value in loss.items()])
 
 
 # ---------------------------------------------------------------- output
@@ -250,10 +266,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    loss = commands.add_parser("loss", help="nats per token, bits per byte and perplexity of a model on a file of bulletins")
+    loss = commands.add_parser("loss", help="nats per token, bits per byte and perplexity of a model on files of bulletins")
     loss.add_argument("--model", type=Path, default=Path("results/3M"), metavar="DIR", help="default: %(default)s")
-    loss.add_argument("--data", type=Path, default=Path("training_data/validation.txt.xz"), metavar="FILE",
-                      help="bulletins, one a line; may be .xz (default: %(default)s)")
+    loss.add_argument("--data", type=Path, nargs="+", default=[Path("training_data/validation.txt.xz")], metavar="FILE",
+                      help="bulletins, one a line; may be .xz; of several files, sources, each is also told by itself "
+                           "(default: training_data/validation.txt.xz)")
     loss.add_argument("--json", action="store_true", help="print JSON")
     loss.set_defaults(run=run_loss)
 

@@ -1,6 +1,7 @@
 """What results.ipynb shows: the files of the runs under results/, read, fitted and drawn.
 
-A run is a folder with run.json; loss.json, quality.json, log.jsonl and samples.jsonl are used where they are there.
+A run is a folder with run.json; loss.json, quality.json, log.jsonl and samples.jsonl are used where they are there. A sweep
+is a JSON file that dev/sweep.py wrote, with its figure beside it.
 """
 import json
 import math
@@ -102,6 +103,19 @@ def retained(sets: dict | None) -> str:
     value, low, high = (sets["samples"][key] for key in ("value", "low", "high"))
     teacher = sets["held_out"]["value"]
     return f"{value / teacher:.2f}" + ("" if low is None else f" ({low / teacher:.2f} to {high / teacher:.2f})")
+
+
+def table_of_sweep(runs: dict[str, dict]) -> str:
+    """Return the table of what dev/sweep.py wrote: for each variant its last validation loss over the seeds."""
+    variants: dict[str, list[dict]] = {}
+    for key, run in runs.items():
+        variants.setdefault(key.rpartition(" seed ")[0], []).append(run)
+    rows = []
+    for name, members in variants.items():
+        losses = [run["val_loss"] for run in members]
+        rows.append([name, f"{np.mean(losses):.3f}", f"{min(losses):.3f} to {max(losses):.3f}", len(members),
+                     f"{np.mean([run['n_steps'] for run in members]):,.0f}", f"{np.mean([run['elapsed_s'] for run in members]):,.0f}"])
+    return markdown(["variant", "loss", "from seed to seed", "seeds", "steps", "seconds"], rows)
 
 
 def table_of_judges(published: dict) -> str:

@@ -11,6 +11,7 @@ import bulletins
 import evaluate
 import judgements as judged
 import quality
+from model import Config, GPT
 
 REPOSITORY = Path(evaluate.__file__).parent
 
@@ -474,3 +475,28 @@ def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys, content, p
 def test_missing_files_of_quality(corpus, tmp_path):
     assert_input_error(run("quality", "--samples", tmp_path / "none.jsonl", "--data", corpus), "none.jsonl")
     assert evaluate.main(["quality", "--samples", str(corpus / "samples.jsonl"), "--data", str(tmp_path)]) == 2
+
+
+# ---------------------------------------------------------------- loss
+
+
+def test_several_files_are_sources_and_the_whole_is_total_by_total(small, tmp_path, capsys):
+    model = tmp_path / "model"
+    GPT(Config.load(small / "config.json").model).save_pretrained(model)
+    for name in ("tokenizer.model", "config.json"):
+        (model / name).write_bytes((small / name).read_bytes())
+    paths = [str(small / "train.txt"), str(small / "validation.txt")]
+    assert evaluate.main(["loss", "--model", str(model), "--json", "--data", *paths]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    sources = whole.pop("sources")
+    assert list(sources) == paths and [source["n_bulletins"] for source in sources.values()] == [120, 24]
+    nats, bits = (sum(source[mean] * source[count] for source in sources.values())
+                  for mean, count in (("nats_per_token", "n_tokens"), ("bits_per_byte", "n_bytes")))
+    assert whole["nats_per_token"] == pytest.approx(nats / whole["n_tokens"], rel=1e-9)
+    assert whole["bits_per_byte"] == pytest.approx(bits / whole["n_bytes"], rel=1e-9)
+    assert evaluate.main(["loss", "--model", str(model), "--json", "--data", paths[1]]) == 0
+    assert json.loads(capsys.readouterr().out) == sources[paths[1]]
+    assert evaluate.main(["loss", "--model", str(model), "--data", *paths]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["all", *paths]
+    assert evaluate.main(["loss", "--model", str(model), "--data", paths[0], "none.txt"]) == 2
+    assert "none.txt: no such file" in capsys.readouterr().err
