@@ -61,9 +61,10 @@ class TrainConfig:
     beta2: float = 0.999
     schedule: str = "cosine"
     final_lr_ratio: float = 0.1
+    n_candidates: int = 0
 
     def __post_init__(self):
-        for name, expected in (("init", ("pytorch", "small")), ("optimizer", ("adamw", "muon")),
+        for name, expected in (("init", ("pytorch", "small", "bigram")), ("optimizer", ("adamw", "muon")),
                                ("schedule", ("cosine", "linear", "wsd"))):
             if getattr(self, name) not in expected:
                 raise ValueError(f"train.{name} must be {' or '.join(expected)}, not {getattr(self, name)!r}")
@@ -79,8 +80,9 @@ class TrainConfig:
             raise ValueError(f"train.peak_lr must be above 0, not {self.peak_lr}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"train.warmup_ratio must be at least 0 and below 1, not {self.warmup_ratio}")
-        if self.weight_decay < 0:
-            raise ValueError(f"train.weight_decay must not be negative, but is {self.weight_decay}")
+        for name in ("weight_decay", "n_candidates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} must not be negative, but is {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ class Config:
     """A config file. A model folder that only samples need not say how it was trained: train is then None."""
     model: ModelConfig
     train: TrainConfig | None = None
+
+    def __post_init__(self):
+        if self.train is None or self.train.n_candidates == 0:
+            return
+        n, n_targets = self.train.n_candidates, self.train.batch_size * self.model.context_length
+        if not n_targets <= n <= self.model.vocab_size:           # a batch's targets must have room, whatever they are
+            raise ValueError(f"train.n_candidates must be 0, for all pieces, or from batch_size * context_length ({n_targets}) "
+                             f"to vocab_size ({self.model.vocab_size}), not {n}")
 
     @classmethod
     def load(cls, path: Path | str) -> "Config":

@@ -5,17 +5,22 @@ With the published config keys alone this is the recipe of the published models;
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data import IGNORED
-from model import GPT, TrainConfig
+from model import EOS, GPT, TrainConfig
 
 # Axes: B batch, T tokens, N = B * T, C d_embedding, V vocabulary
 
 MAX_GRAD_NORM = 1.0
 COOLDOWN = 0.3                # share of a run in which the schedule "wsd" falls, after it was constant
+N_COUNTED = 20_000_000        # tokens of the corpus whose bigrams the first weights know: enough, and little memory
+PRIOR = 100                   # how many draws from the frequencies of the pieces a bigram's counts are smoothed by
+FREQUENT = 2 / 3              # share of the most frequent pieces among the candidates of a step
+SHARED = 0.7                  # share of the embeddings' squared length in the direction that all of them have
 
 
 def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
@@ -37,21 +42,56 @@ def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
 # ---------------------------------------------------------------- first weights
 
 
-def initialise(model: GPT, config: TrainConfig) -> None:
+def initialise(model: GPT, config: TrainConfig, ids: np.ndarray) -> None:
     """Draw the first weights from config.seed.
 
     init "pytorch": PyTorch's defaults, as the published models. init "small": matrices and embeddings of standard
     deviation 0.02, biases 0, and 0 in the matrices that write to the residual stream, so that each block starts as
-    the identity.
+    the identity. init "bigram": the same blocks, between an embedding and a head that know the bigrams of the training
+    text, whose ids are given end to end.
     """
     torch.manual_seed(config.seed)
     model.apply(reset)
-    if config.init == "small":
-        for name, parameter in model.named_parameters():
-            if name.endswith(("proj.weight", "ff.layers.2.weight")) or name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
+    if config.init == "pytorch":
+        return
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj.weight", "ff.layers.2.weight")) or name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=0.02)
+    if config.init == "bigram":
+        set_to_bigrams(model, ids)
+
+
+@torch.no_grad()
+def set_to_bigrams(model: GPT, ids: np.ndarray) -> None:
+    """Factor the bigrams of a text into embedding and head, so that a model whose blocks add nothing predicts by them.
+
+    Such a model says head @ norm(embedding[a]) of what follows piece a. In a bigram model that has seen b after a n(a, b)
+    times, and before that PRIOR draws from p, the frequencies of the pieces, this is log p(b) + log(1 + n(a, b) / (PRIOR
+    p(b))), but for a constant of a that a softmax ignores. Most of the n are 0, and so is the second term, whose best
+    factors of a lower rank are found by its singular vectors, as Levy and Goldberg (2014) did for word vectors; pieces
+    weigh by their number. The norm takes one dimension, log p another, in which all embeddings are the same.
+    """
+    vocab_size, d_embedding = model.tok_emb.weight.shape
+    if d_embedding < 4:
+        raise ValueError(f"train.init bigram needs a model.d_embedding of at least 4, not {d_embedding}")
+    ids = torch.from_numpy(ids[:N_COUNTED].astype(np.int64))
+    n_of = torch.bincount(ids, minlength=vocab_size) + 1.0                                    # (V,)
+    log_p = (n_of / n_of.sum()).log()
+    pairs, n_of_pairs = (ids[:-1] * vocab_size + ids[1:])[ids[:-1] != EOS].unique(return_counts=True)
+    first, second = pairs // vocab_size, pairs % vocab_size
+    gain = torch.log1p(n_of_pairs / (PRIOR * log_p[second].exp()))
+    weighted = torch.sparse_coo_tensor(torch.stack([first, second]), gain * (n_of[first] * n_of[second]).sqrt(),
+                                       (vocab_size, vocab_size), check_invariants=False)
+    u, s, v = torch.svd_lowrank(weighted, q=min(d_embedding - 2, vocab_size))
+    u, v = (factor * (s / n_of[:, None]).sqrt() for factor in (u, v))                         # u @ v.T is about the gain
+    size = (n_of @ u.square().sum(1) / n_of.sum()).sqrt()
+    u, v = u * ((1 - SHARED) * d_embedding) ** 0.5 / size, v * size / ((1 - SHARED) * d_embedding) ** 0.5
+    shared = (SHARED * d_embedding) ** 0.5
+    axes = torch.linalg.qr(torch.cat([torch.ones(d_embedding, 1), torch.randn(d_embedding, u.shape[1] + 1)], 1))[0][:, 1:]
+    model.tok_emb.weight.copy_(torch.cat([torch.full_like(log_p, shared)[:, None], u], 1) @ axes.T)
+    model.out_head.weight.copy_(torch.cat([(log_p - log_p.mean())[:, None] / shared, v], 1) @ axes.T)
 
 
 def reset(module: nn.Module) -> None:
@@ -68,37 +108,79 @@ class HeadLoss(torch.autograd.Function):
 
     The gradient is computed with the loss, in the place of the logits [N, V], which would otherwise be written four
     times: as logits, log-probabilities, their gradient and the logits' gradient. Targets that are IGNORED cost nothing.
+    log_weights [V] are added to the logits, where a piece stands for several.
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,
+                log_weights: torch.Tensor | None = None) -> torch.Tensor:
         is_target = (targets != IGNORED)[:, None]                                       # (N, 1)
         column = targets.clamp(min=0)[:, None]                                          # (N, 1)
-        logits = states @ head.T                                                        # (N, C) -> (N, V)
-        log_p = logits.log_softmax(1, dtype=torch.float32)
+        logits = states @ head.T if log_weights is None else torch.addmm(log_weights.to(head.dtype), states, head.T)
+        log_p = logits.log_softmax(1, dtype=torch.float32)                              # (N, C) -> (N, V)
         loss = -(log_p.gather(1, column) * is_target).sum()
         slope = log_p.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=log_p.dtype)).to(logits.dtype)
         ctx.save_for_backward(slope @ head * is_target, slope.T @ (states * is_target))     # (N, C), (V, C)
         return loss
 
     @staticmethod
-    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         states_slope, head_slope = ctx.saved_tensors
-        return states_slope * scale, head_slope * scale, None
+        return states_slope * scale, head_slope * scale, None, None
 
 
 class NextTokenLoss(nn.Module):
-    """A model with its loss: inputs and targets [B, T] in, summed nats over the targets out."""
+    """A model with its loss: inputs and targets [B, T] in, summed nats over the targets out.
+
+    With what Candidates.draw gave, the pieces that are not candidates are left out of the softmax.
+    """
 
     def __init__(self, model: GPT, dtype: torch.dtype):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, pieces: torch.Tensor | None = None,
+                log_weights: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
             states = self.model.hidden(inputs).flatten(0, 1)                            # (B, T) -> (N, C)
-        head = self.model.out_head.weight
-        return HeadLoss.apply(states.to(self.dtype), head.to(self.dtype), targets.flatten())
+        head, targets = self.model.out_head.weight, targets.flatten()
+        if pieces is not None:
+            place = torch.empty(len(head), dtype=torch.long, device=head.device)
+            place[pieces] = torch.arange(len(pieces), device=head.device)
+            head, targets = head[pieces], place[targets.clamp(min=0)].where(targets != IGNORED, IGNORED)
+        return HeadLoss.apply(states.to(self.dtype), head.to(self.dtype), targets, log_weights)
+
+
+class Candidates:
+    """The pieces that the softmax of a training step chooses among, where the head is most of a small model's work.
+
+    They are the targets of the batch, the most frequent pieces of the corpus, and as many of the others, drawn at random,
+    as make up n_candidates. Each drawn piece stands for all that might have been drawn in its place, so that the sum of
+    the softmax is right on average (Jean et al. 2015, "On using very large target vocabulary").
+    """
+
+    def __init__(self, config: TrainConfig, vocab_size: int, ids: np.ndarray):
+        """ids: the training text end to end."""
+        self.config = config
+        n_of = np.bincount(ids[:N_COUNTED], minlength=vocab_size)
+        self.priority = torch.zeros(vocab_size)
+        self.priority[np.argsort(-n_of, kind="stable")[:int(FREQUENT * config.n_candidates)].copy()] = 1.0
+
+    def draw(self, targets: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
+        """Return the pieces of a step and the logarithm of how many each stands for, both [n_candidates].
+
+        targets [B, T] are those of the whole batch, so that its parts have the same candidates. A function of the seed
+        and the step. Where all pieces are candidates, nothing needs to be returned.
+        """
+        if self.config.n_candidates == 0:
+            return ()
+        dice = torch.from_numpy(np.random.default_rng([self.config.seed, step]).random(len(self.priority), dtype=np.float32))
+        score = (self.priority + dice.clamp(max=0.999)).to(targets.device)
+        score[targets[targets != IGNORED]] = 2.0                  # never left out, however many they are
+        score, pieces = score.topk(self.config.n_candidates)
+        n_sure = (score >= 1).sum()
+        n_per_draw = (len(self.priority) - n_sure) / (self.config.n_candidates - n_sure)
+        return pieces, torch.where(score >= 1, 0.0, n_per_draw.log())
 
 
 # ---------------------------------------------------------------- optimizers
@@ -177,7 +259,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 
 def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs: torch.Tensor, targets: torch.Tensor,
                lr: float, rank: int = 0, n_ranks: int = 1,
-               micro_batch_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+               micro_batch_size: int | None = None,
+               candidates: tuple[torch.Tensor, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """Make one update on inputs and targets [B, T] and return (summed nats of this rank's rows, gradient norm).
 
     The norm is that before clipping. loss: a NextTokenLoss, compiled or within DistributedDataParallel. The update is that of the mean over all targets
@@ -193,7 +276,7 @@ def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs:
     for start in range(0, len(inputs), size):
         is_last = start + size >= len(inputs)
         with nullcontext() if is_last or not isinstance(loss, DistributedDataParallel) else loss.no_sync():
-            part = loss(inputs[start:start + size], targets[start:start + size])
+            part = loss(inputs[start:start + size], targets[start:start + size], *candidates)
             (part * weight).backward()
         nats += part.detach()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

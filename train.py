@@ -28,7 +28,7 @@ from data import IGNORED, Tokens, bulletin_losses, bulletin_of_ids, epoch_batche
 from devices import Ranks, compile_loss, pays_to_compile, pick_device
 from model import BOS, GPT, Config
 from precision import faster_dtype
-from recipe import NextTokenLoss, initialise, learning_rate, make_optimizers, train_step
+from recipe import Candidates, NextTokenLoss, initialise, learning_rate, make_optimizers, train_step
 from record import Board, commit_of_checkout, draw_log, hardware, read_log, write_beside, write_json, write_log
 
 N_EVALUATIONS = 10            # evaluations in a run, unless --eval-every says otherwise
@@ -77,10 +77,11 @@ class Run:
             self.model = GPT.from_pretrained(self.args.config)
         else:
             self.model = GPT(self.config.model)
-            initialise(self.model, self.config.train)
+            initialise(self.model, self.config.train, self.train.ids)
         self.model.to(self.device).train()
         self.train.to(self.device)
         self.optimizers = make_optimizers(self.model, self.config.train)
+        self.candidates = Candidates(self.config.train, self.config.model.vocab_size, self.train.ids)
         # Since the last evaluation, of this process: summed loss in nats and number of targets.
         self.tally = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
 
@@ -146,7 +147,7 @@ class Run:
                 schedule_step, is_evaluation = self.schedule_step()
                 lr = learning_rate(schedule_step, self.n_steps, self.config.train)
                 nats, grad_norm = train_step(self.loss, self.optimizers, inputs, targets, lr, self.ranks.rank, self.ranks.n,
-                                             self.args.micro_batch_size)
+                                             self.args.micro_batch_size, self.candidates.draw(targets, self.step))
                 self.step += 1
                 self.n_tokens += n_tokens
                 self.tally[0] += nats

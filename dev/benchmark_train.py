@@ -57,7 +57,7 @@ def steps_of(config: Config, tokens: Tokens, args: argparse.Namespace) -> dict:
 
 def our_steps(config: Config, tokens: Tokens, device: torch.device, is_compiled: bool = False) -> Callable:
     model = GPT(config.model).to(device).train()
-    initialise(model, config.train)
+    initialise(model, config.train, tokens.ids)
     loss, optimizers = NextTokenLoss(model, faster_dtype(device)), make_optimizers(model, config.train)
     loss = compile_loss(loss) if is_compiled else loss
     return lambda indices: train_step(loss, optimizers, *tokens.batch(indices), LR)[0]
@@ -66,7 +66,7 @@ def our_steps(config: Config, tokens: Tokens, device: torch.device, is_compiled:
 def plain_steps(config: Config, tokens: Tokens, device: torch.device) -> Callable:
     """The loop that most people would write: float32, eager, AdamW one tensor at a time, padded batches as they come."""
     model = GPT(config.model).to(device).train()
-    initialise(model, config.train)
+    initialise(model, config.train, tokens.ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.train.weight_decay, foreach=False)
 
     def gradient_norm() -> torch.Tensor:

@@ -1,7 +1,9 @@
 """What a training step computes: the loss, the optimizers, batches in parts; and that each key of a recipe has an effect."""
 import copy
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from data import IGNORED
 from model import GPT, ModelConfig, TrainConfig
 
 MODEL = ModelConfig(vocab_size=64, context_length=16, d_embedding=16, d_intermediate=32, n_heads=2, n_layers=2, qkv_bias=False)
+TEXT = np.random.default_rng(0).zipf(1.3, 4000).clip(max=60).astype(np.uint16) + np.uint16(3)         # ids end to end
 TRAIN = TrainConfig(peak_lr=0.01, warmup_ratio=0.1, n_epochs=1, batch_size=4, weight_decay=0.1)
 
 
@@ -26,14 +29,17 @@ def batch(n_rows: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def new(train: TrainConfig = TRAIN) -> tuple[GPT, recipe.NextTokenLoss, list[torch.optim.Optimizer]]:
     model = GPT(MODEL)
-    recipe.initialise(model, train)
+    recipe.initialise(model, train, TEXT)
     return model, recipe.NextTokenLoss(model, torch.float32), recipe.make_optimizers(model, train)
 
 
 def weights_after(train: TrainConfig = TRAIN, n_steps: int = 4, **options) -> torch.Tensor:
     model, loss, optimizers = new(train)
+    candidates = recipe.Candidates(train, MODEL.vocab_size, TEXT)
     for step in range(1, n_steps + 1):
-        recipe.train_step(loss, optimizers, *batch(seed=step), recipe.learning_rate(step, n_steps, train), **options)
+        inputs, targets = batch(seed=step)
+        lr = recipe.learning_rate(step, n_steps, train)
+        recipe.train_step(loss, optimizers, inputs, targets, lr, candidates=candidates.draw(targets, step), **options)
     return torch.nn.utils.parameters_to_vector(model.parameters())
 
 
@@ -56,9 +62,10 @@ def test_in_bfloat16_the_loss_is_near():
     assert half.dtype == torch.float32 and half.item() == pytest.approx(whole.item(), rel=0.01)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_micro_batches_give_the_numbers_of_the_whole_batch(size):
-    torch.testing.assert_close(weights_after(micro_batch_size=size), weights_after(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("size, n_candidates", [(1, 0), (2, 0), (3, 0), (5, 0), (100, 0), (2, 60)])
+def test_micro_batches_give_the_numbers_of_the_whole_batch(size, n_candidates):
+    config = dataclasses.replace(TRAIN, n_candidates=n_candidates)
+    torch.testing.assert_close(weights_after(config, micro_batch_size=size), weights_after(config), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_rows, n_ranks", [(5, 2), (5, 3), (1, 2)])
@@ -77,7 +84,8 @@ def test_the_mean_over_ranks_is_the_gradient_of_the_whole_batch(n_rows, n_ranks,
 
 
 @pytest.mark.parametrize("key, value", [
-    ("peak_lr", 0.02), ("warmup_ratio", 0.6), ("weight_decay", 0.0), ("seed", 1), ("init", "small"), ("optimizer", "muon"),
+    ("peak_lr", 0.02), ("warmup_ratio", 0.6), ("weight_decay", 0.0), ("seed", 1), ("init", "small"), ("init", "bigram"),
+    ("optimizer", "muon"), ("n_candidates", 60),
     ("beta2", 0.9), ("schedule", "linear"), ("schedule", "wsd"), ("final_lr_ratio", 0.0)])
 def test_each_key_of_a_recipe_has_an_effect(key, value):
     assert not torch.equal(weights_after(dataclasses.replace(TRAIN, **{key: value})), weights_after())
@@ -96,10 +104,49 @@ def test_schedules_at_their_corners(schedule, rates):
     assert [recipe.learning_rate(step, 100, config) for step in (5, 10, 55, 100)] == pytest.approx(rates)
 
 
-def test_small_blocks_start_as_the_identity():
-    model, _, _ = new(dataclasses.replace(TRAIN, init="small"))
+@pytest.mark.parametrize("init", ["small", "bigram"])
+def test_small_blocks_start_as_the_identity(init):
+    model, _, _ = new(dataclasses.replace(TRAIN, init=init))
     x = torch.randn(2, 3, 16)
     assert all(torch.equal(block(x, 0, None, None), x) for block in model.trf_blocks)
+
+
+def test_the_first_weights_know_the_bigrams_of_the_text():
+    """A text of pairs, each first piece followed by one of its own two, costs about ln 2 nats a second piece."""
+    pieces = np.arange(4, 64).reshape(20, 3)
+    rng = np.random.default_rng(0)
+    rows = pieces[rng.integers(20, size=30_000)]
+    text = np.stack([rows[:, 0], np.where(rng.random(30_000) < 0.5, rows[:, 1], rows[:, 2])], 1).astype(np.uint16)
+    wide = dataclasses.replace(MODEL, d_embedding=64)
+    losses = {}
+    for init in ("small", "bigram"):
+        model = GPT(wide)
+        recipe.initialise(model, dataclasses.replace(TRAIN, init=init), text.ravel())
+        losses[init] = F.cross_entropy(model(torch.from_numpy(text[:, :1].astype(int))).flatten(0, 1),
+                                       torch.from_numpy(text[:, 1].astype(int))).item()
+    assert losses["small"] > math.log(50) and losses["bigram"] < math.log(2) + 0.25
+    with pytest.raises(ValueError, match="d_embedding of at least 4"):
+        recipe.initialise(GPT(dataclasses.replace(MODEL, d_embedding=2)), dataclasses.replace(TRAIN, init="bigram"), TEXT)
+
+
+def test_candidates_hold_every_target_and_the_softmax_is_right_on_average():
+    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=40), 64, TEXT)
+    _, targets = batch()
+    logits, sums = torch.randn(64, generator=torch.Generator().manual_seed(0)), []
+    for step in range(2000):
+        pieces, log_weights = candidates.draw(targets[:1, :4], step)
+        assert set(targets[0, :4].tolist()) < set(pieces.tolist()) and len(set(pieces.tolist())) == 40
+        sums.append((logits[pieces] + log_weights).exp().sum().item())
+    assert np.mean(sums) == pytest.approx(logits.exp().sum().item(), rel=0.01) and np.std(sums) > 0
+    again, other = candidates.draw(targets[:1, :4], 1999), candidates.draw(targets[:1, :4], 0)
+    assert torch.equal(pieces, again[0]) and not torch.equal(pieces, other[0])
+
+
+def test_where_all_pieces_are_candidates_the_loss_is_the_whole_one():
+    _, loss, _ = new()
+    inputs, targets = batch()
+    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=64), 64, TEXT)
+    torch.testing.assert_close(loss(inputs, targets, *candidates.draw(targets, 1)), loss(inputs, targets))
 
 
 @pytest.mark.parametrize("shape", [(2, 48, 16), (1, 16, 48), (3, 16, 16)])

@@ -274,7 +274,7 @@ def test_two_processes_stop_together_and_go_on(small, by_two, tmp_path, capsys):
 def test_one_batch_overfits(small):
     config = Config.load(small / "config.json")
     model = GPT(config.model)
-    recipe.initialise(model, config.train)
+    recipe.initialise(model, config.train, ids.numpy().ravel())
     ids = torch.randint(4, 512, (4, 33), generator=torch.Generator().manual_seed(0))
     loss, optimizers = recipe.NextTokenLoss(model, torch.float32), recipe.make_optimizers(model, config.train)
     nats = [recipe.train_step(loss, optimizers, ids[:, :-1], ids[:, 1:], 3e-3)[0].item() for _ in range(150)]
