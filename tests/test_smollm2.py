@@ -34,11 +34,14 @@ def decoder(llama, sequences):
 
 
 @torch.no_grad()
-def test_scores_are_those_of_transformers(llama, sequences, decoder):
+@pytest.mark.parametrize("is_exact, tolerance", [(True, 1e-4), (False, 0.2)])
+def test_scores_are_those_of_transformers(llama, sequences, decoder, monkeypatch, is_exact, tolerance):
+    if is_exact:                                    # everything in float32, where the decoder reads only first tokens so
+        monkeypatch.setattr(smollm2.Matrix, "__call__", lambda self, x, _=True: torch.nn.functional.linear(x, self.weight))
     for sequence, score in zip(sequences, decoder.mean_log_probabilities(sequences, batch_size=2)):
         logits = llama(torch.tensor([sequence])).logits[0, :-1]
         expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(sequence[1:]))
-        assert score == pytest.approx(expected.item(), abs=1e-4)
+        assert score == pytest.approx(expected.item(), abs=tolerance)
 
 
 @torch.no_grad()
@@ -56,14 +59,22 @@ def test_continuations_cost_what_transformers_says_whatever_stands_beside_them(l
         assert total == pytest.approx(each[max(1, len(prompt)) - 1:].sum().item(), abs=1e-3)
 
 
+PREFIX = [7, 40, 3]
+
+
+def write(decoder, prompts, n_tokens, temperature=0.01, min_p=0.99, stop_id=STOP, seed=0) -> list[list[int]]:
+    seeds = [f"{seed}/{row}" for row in range(len(prompts))]
+    return decoder.generate(PREFIX, prompts, seeds, n_tokens, temperature, min_p, stop_id)
+
+
 @torch.no_grad()
 def test_greedy_text_follows_transformers_within_eight_bits(llama, sequences, decoder):
-    prompts = [sequence[:n] for sequence, n in zip(sequences, (3, 5, 4, 5, 2))]
-    written = decoder.generate(prompts, 12, 0.01, 0.99, STOP, seed=0)
-    assert all(len(row) == 12 or row for row in written)
+    prompts = [sequence[:n] for sequence, n in zip(sequences, (3, 5, 4, 5, 1))]
+    written = write(decoder, prompts, 12, stop_id=-1)
+    assert list(map(len, written)) == [12] * 5
     for prompt, row in zip(prompts, written):
-        logits = llama(torch.tensor([prompt + row])).logits[0]
-        for place, token in enumerate(row, len(prompt) - 1):
+        logits = llama(torch.tensor([PREFIX + prompt + row])).logits[0]
+        for place, token in enumerate(row, len(PREFIX + prompt) - 1):
             best = logits[place].max()
             # int8 may settle a near tie otherwise, never prefer a piece that float32 finds clearly worse.
             assert logits[place, token] > best - 0.1 * logits[place].std() * 4
@@ -71,21 +82,34 @@ def test_greedy_text_follows_transformers_within_eight_bits(llama, sequences, de
 
 def test_rows_end_at_the_stop_token(sequences, decoder):
     prompts = [sequence[:4] for sequence in sequences]
-    free = decoder.generate(prompts, 20, 0.01, 0.99, stop_id=-1, seed=0)
+    free = write(decoder, prompts, 20, stop_id=-1)
     stop = free[1][5]
-    stopped = decoder.generate(prompts, 20, 0.01, 0.99, stop_id=stop, seed=0)
-    # Eight bits are scaled over the whole batch, so a row may differ once another has left; it ends where it should.
-    assert all(stop not in row for row in stopped) and stopped[1] == free[1][:len(stopped[1])] and len(stopped[1]) <= 5
+    assert write(decoder, prompts, 20, stop_id=stop) == [row[:row.index(stop)] if stop in row else row for row in free]
+
+
+def test_a_text_does_not_depend_on_what_is_written_beside_it(sequences, decoder):
+    prompts = [sequence[:n] for sequence, n in zip(sequences, (2, 5, 1, 3, 4))]
+    together = write(decoder, prompts, 20, temperature=1.0, min_p=0.0)
+    for row, prompt in enumerate(prompts):
+        assert decoder.generate(PREFIX, [prompt], [f"0/{row}"], 20, 1.0, 0.0, STOP) == [together[row]]
 
 
 def test_the_same_seed_writes_the_same_and_only_kept_pieces(llama, sequences):
     kept = torch.arange(2, 120)
     decoder = smollm2.Decoder(llama, kept, sequences)
     prompts = [sequence[:3] for sequence in sequences]
-    first = decoder.generate(prompts, 15, 1.0, 0.0, STOP, seed=4)
-    assert first == decoder.generate(prompts, 15, 1.0, 0.0, STOP, seed=4)
-    assert first != decoder.generate(prompts, 15, 1.0, 0.0, STOP, seed=5)
+    first = write(decoder, prompts, 15, 1.0, 0.0, seed=4)
+    assert first == write(decoder, prompts, 15, 1.0, 0.0, seed=4)
+    assert first != write(decoder, prompts, 15, 1.0, 0.0, seed=5)
     assert {token for row in first for token in row} <= set(kept.tolist())
+
+
+def test_pieces_are_drawn_as_often_as_they_are_likely(llama, decoder):
+    x = torch.randn(1, 48, generator=torch.Generator().manual_seed(3))
+    shares = torch.tensor(decoder.draw(x.expand(4000, -1), 0.7, 0.2, torch.arange(4000) / 4000)).bincount(minlength=300) / 4000
+    expected = (decoder.head(x)[0] / 0.7).softmax(-1)
+    expected = expected * (expected >= 0.2 * expected.max())
+    assert 1 < (expected > 0).sum() < 50 and torch.allclose(shares, expected / expected.sum(), atol=5e-4)
 
 
 def test_examples_are_batched_once_an_epoch_by_near_length():
@@ -112,7 +136,7 @@ class StubWriter:
     def __init__(self, args):
         pass
 
-    def write(self, chunk, asked):
+    def write(self, asked):
         story = "The council counted {0} twice. It found {0} in nine of ten streets, {1} more than last year, and told the " \
                 "people who live there. A second count of {0} in the spring cost {1} dollars."
         return [{"key": key, "seed_words": words, "text": f"<h1>City counts {words[0]} in {key.replace('/', ' and ')} streets"
