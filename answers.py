@@ -4,7 +4,6 @@ A folder of raw answers holds append-only JSONL files, one object a line per ans
 truth about what was asked and answered: nothing is rewritten, a torn last line is dropped on the next start, and a
 key that is present is never asked again. What was paid for answers that never came stands beside them (note_lost).
 """
-import fcntl
 import hashlib
 import json
 import lzma
@@ -13,6 +12,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import cli
 
 SEED_WORDS = "seed_words"     # the field that says what was asked; files of other commands have one of their own
 
@@ -116,14 +117,10 @@ class AnswerFile:
         self._asked: dict[str, int] = {}       # key -> digest of what was asked
 
     def __enter__(self) -> "AnswerFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path.parent / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+        self._lock = cli.hold(self.path.parent)
+        if self._lock is None:
             raise ValueError(f"{self.path.parent}: another process is writing answers there; "
-                             "wait for it or choose another --out") from None
+                             "wait for it or choose another --out")
         try:
             self._file = self.path.open("ab", buffering=0)
             self._drop_torn_line()

@@ -1,10 +1,14 @@
-"""What every command does the same way: exit codes, and leaving by Ctrl-C or SIGTERM with the work saved."""
+"""What every command does the same way: exit codes, leaving by Ctrl-C or SIGTERM with the work saved, and keeping a
+second process out of a folder."""
 import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import IO
 
 INTERRUPTED = 130
+LOCK = ".lock"               # the file in a folder that hold() locks
 
 
 def run(command: Callable[[], None]) -> int:
@@ -32,6 +36,22 @@ def run(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def hold(folder: Path) -> IO | None:
+    """Make a folder and hold it until the file returned is closed; return None if another process holds it.
+
+    The lock is the kernel's, which forgets it with the process, so a file that a kill leaves behind locks nothing.
+    """
+    import fcntl                      # not on Windows, where only this would fail
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def start_workers(n_jobs: int):

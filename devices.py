@@ -2,7 +2,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -101,9 +101,9 @@ def pays_to_compile(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
         if eager_s < WORTH_COMPILING_S:
             return False
         print("compiling, about a minute ...", file=sys.stderr)
-        compiled, started = compile_loss(loss), time.perf_counter()
+        started = time.perf_counter()
         try:
-            step_s(compiled, inputs, targets, n_times=1)
+            compiled = compile_loss(loss, [(inputs, targets)])
             compile_s = time.perf_counter() - started
             return compile_s + n_steps * step_s(compiled, inputs, targets) < eager_s
         except Exception as error:    # a compiler fails in as many ways as there are machines, and eager is always right
@@ -113,16 +113,25 @@ def pays_to_compile(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
         loss.zero_grad()
 
 
-def compile_loss(loss: nn.Module) -> Callable:
-    """Return the compiled loss, for batches of any number of rows and tokens."""
-    return torch.compile(loss, dynamic=True)
+def compile_loss(loss: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]] = ()) -> Callable:
+    """Return the compiled loss, for inputs and targets [B, T] of any number of rows and tokens; leave no gradients.
+
+    The code for a kind of batch, such as one of a single row, depends on the first one of it that the compiler meets.
+    A run that goes on must not meet another one first than when it began, or its sums may be rounded otherwise: so
+    both are shown the same batches here.
+    """
+    compiled = torch.compile(loss, dynamic=True)
+    for batch in batches:
+        step_s(compiled, *batch, n_times=1)
+    loss.zero_grad()
+    return compiled
 
 
-def step_s(loss: Callable, inputs: torch.Tensor, targets: torch.Tensor, n_times: int = N_TRIAL_STEPS) -> float:
+def step_s(loss: Callable, *batch: torch.Tensor, n_times: int = N_TRIAL_STEPS) -> float:
     """Return the seconds that a forward and a backward pass take."""
     started = time.perf_counter()
     for _ in range(n_times):
-        total = loss(inputs, targets)
+        total = loss(*batch)
         total.backward()
     total.item()                      # waits for a GPU
     return (time.perf_counter() - started) / n_times

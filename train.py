@@ -9,6 +9,7 @@ Run:     python train.py --config configs/3M.json
 """
 import argparse
 import hashlib
+import itertools
 import math
 import platform
 import shlex
@@ -16,9 +17,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -89,16 +93,42 @@ class Run:
         """Make what the steps call: the model with its loss, compiled if that pays, its gradients shared by all processes."""
         loss = NextTokenLoss(self.model, self.dtype)
         if self.is_compiled is None:
-            rows = self.batches(0)[0][self.ranks.rank::self.ranks.n][:self.args.micro_batch_size]
-            n_passes = self.n_steps * math.ceil(self.config.train.batch_size / self.ranks.n / max(1, len(rows)))
+            rows = next(self.parts())
+            n_passes = self.n_steps * math.ceil(self.config.train.batch_size / self.ranks.n / len(rows))
             self.is_compiled = self.ranks.is_first and pays_to_compile(loss, *self.train.batch(rows), n_passes, self.dtype)
             self.is_compiled = bool(self.ranks.first(self.is_compiled))
-        self.loss = self.ranks.share(compile_loss(loss) if self.is_compiled else loss, self.device)
+        if self.is_compiled:
+            batches = map(self.train.batch, self.kinds_of_parts())
+            loss = compile_loss(loss, ((*batch, *self.candidates.draw(batch[1], 0)) for batch in batches))
+        self.loss = self.ranks.share(loss, self.device)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """Yield what this process reads at once in the first epoch, as indices of bulletins."""
+        size = self.args.micro_batch_size or self.config.train.batch_size
+        for batch in self.batches(0):
+            rows = batch[self.ranks.rank % len(batch)::self.ranks.n]
+            yield from (rows[start:start + size] for start in range(0, len(rows), size))
+
+    def kinds_of_parts(self) -> list[np.ndarray]:
+        """Return the first of the parts, then the longest and the shortest of each number of bulletins."""
+        kinds = [next(self.parts())]
+        by_size = sorted(self.parts(), key=lambda part: (len(part), self.train.lengths[part].max()))
+        for _, same in itertools.groupby(by_size, key=len):
+            shortest, *others = same
+            kinds += [*others[-1:], shortest]
+        return kinds
 
     def batches(self, epoch: int) -> list:
         return epoch_batches(self.train.lengths, self.config.train.batch_size, self.config.train.seed, epoch)
 
     # ------------------------------------------------------------ checkpoints
+
+    def claim(self) -> IO | nullcontext:
+        """Return what keeps other runs out of --out until it is closed; raise ValueError, in all processes, if one is in."""
+        lock = cli.hold(self.out) if self.ranks.is_first else nullcontext()
+        if self.ranks.any(lock is None or held_in(self.out) != self.args.held)[0]:
+            raise ValueError(f"{self.out}: another process is training there; wait for it or choose another --out")
+        return lock
 
     def save_checkpoint(self) -> None:
         """Write what the run needs to go on; all processes hold the same, so the first one writes and the others wait."""
@@ -151,11 +181,11 @@ class Run:
                 self.step += 1
                 self.n_tokens += n_tokens
                 self.tally[0] += nats
-                self.tally[1] += self.ranks.is_first * (targets != IGNORED).sum()       # the whole batch's, counted once
+                self.tally[1] += (targets[self.ranks.rank::self.ranks.n] != IGNORED).sum()
                 self.elapsed_s = time.perf_counter() - started
                 bar.update()
                 if not bar.disable and self.step % 20 == 0:
-                    loss, tokens_per_s = self.tally[0] * self.ranks.n / self.tally[1], self.n_tokens / self.elapsed_s
+                    loss, tokens_per_s = self.tally[0] / self.tally[1], self.n_tokens / self.elapsed_s
                     bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {tokens_per_s:,.0f} tok/s")
                 if is_evaluation:
                     self.evaluate(lr, grad_norm, bar)
@@ -243,11 +273,16 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "config": self.config.to_json(), "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256})
         self.model.eval().save_pretrained(self.out)
-        for leftover in self.out.glob("checkpoint.pt*"):
-            leftover.unlink()
+        for leftover in (*self.out.glob("checkpoint.pt*"), self.out / cli.LOCK):
+            leftover.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- command line
+
+
+def held_in(out: Path) -> str | None:
+    """Return the name of the file that says what a folder holds: a finished model, an unfinished run or neither."""
+    return next((name for name in ("model.safetensors", "checkpoint.pt") if (out / name).exists()), None)
 
 
 def complete(args: argparse.Namespace) -> Config:
@@ -263,25 +298,34 @@ def complete(args: argparse.Namespace) -> Config:
     is_further = (args.config / "tokenizer.model").exists()
     args.tokenizer = args.tokenizer or (args.config / "tokenizer.model" if is_further else
                                         Path("tokenizers") / f"tinynewstokenizer{config.model.vocab_size}.model")
-    if (args.out / "model.safetensors").exists() and not args.resume:
+    args.held = held_in(args.out)
+    if args.held == "model.safetensors" and not args.resume:
         raise ValueError(f"{args.out}: holds a finished model; choose another --out")
-    if (args.out / "checkpoint.pt").exists() and not args.resume:
+    if args.held == "checkpoint.pt" and not args.resume:
         raise ValueError(f"{args.out}: holds an unfinished run; --resume goes on with it, or choose another --out")
     return config
 
 
 def train(args: argparse.Namespace) -> None:
     config = complete(args)
-    if (args.out / "model.safetensors").exists():
+    if args.held == "model.safetensors":
         print(f"{args.out}: finished already", file=sys.stderr)
         return
     run = Run(args, config)
+    with run.claim():
+        carry_out(run)
+    del run.loss                        # before leave(): it must not be the last to let go of the processes' connection,
+    run.ranks.leave()                   # for it would wait for a thread that waits for the interpreter's lock
+
+
+def carry_out(run: Run) -> None:
+    """Train from the start, or from the checkpoint in --out, to the finished model folder."""
+    args, config = run.args, run.config
     run.make_model()
-    if args.resume and run.checkpoint_path.exists():
+    if args.held == "checkpoint.pt":
         run.load_checkpoint()
     run.board = Board(args.out if args.tensorboard and run.ranks.is_first else None, run.step)
     if run.ranks.is_first:
-        run.out.mkdir(parents=True, exist_ok=True)
         write_json(run.out / "config.json", config.to_json())
         write_log(run.log_path, run.log)
         left_out = run.train.n_too_long + run.train.n_malformed
@@ -300,7 +344,6 @@ def train(args: argparse.Namespace) -> None:
               f"and {run.elapsed_s:.0f} s; model in {run.out}")
         for headline, story in run.samples(N_LAST_SAMPLES):
             print(f"\n{headline}\n  {story}")
-    run.ranks.leave()
 
 
 def main(argv: list[str] | None = None) -> int:

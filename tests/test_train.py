@@ -1,17 +1,21 @@
 """The training step against the published recipe, and the run: resumed equals uninterrupted, bad input is one line."""
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 import recipe
 import train
 from data import IGNORED
@@ -91,16 +95,16 @@ def test_the_logged_validation_loss_is_total_by_total(finished, small):
     assert nats.sum() / n_targets.sum() == pytest.approx(json.loads((out / "run.json").read_text())["val_loss"], abs=1e-5)
 
 
-def start_until(small: Path, out: Path, n_checkpoints: int) -> subprocess.Popen:
+def start_until(small: Path, out: Path, n_checkpoints: int) -> ForkServerProcess:
     """Start or resume a run and return it when it has written a number of checkpoints (one after every step)."""
-    before = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
-    process = subprocess.Popen(command(small, out, "--resume", "--checkpoint-every", 0), cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while n_checkpoints and process.poll() is None and time.monotonic() < deadline:
-        stamp = (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0
+    checkpoint = out / "checkpoint.pt"
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    process = forked.start(command(small, out, "--resume", "--checkpoint-every", 0)[2:], out.with_suffix(".log"))
+    while n_checkpoints and process.is_alive():
+        stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         if stamp != before:
             before, n_checkpoints = stamp, n_checkpoints - 1
+        process.join(0.001)
     return process
 
 
@@ -109,13 +113,12 @@ def test_killed_five_times_and_resumed_is_uninterrupted(finished, small, tmp_pat
     for _ in range(5):
         process = start_until(small, out, 3)
         process.kill()
-        process.communicate()
+        process.join()
         steps.append(torch.load(out / "checkpoint.pt", weights_only=True)["step"])
     assert steps == sorted(set(steps)) and steps[-1] < 45             # each life got further, none to the end
     (out / "checkpoint.pt.partial").write_bytes(b"torn")
-    last = start_until(small, out, 0)
-    stdout, stderr = last.communicate(timeout=120)
-    assert last.returncode == 0, stderr
+    assert (out / ".lock").exists() and forked.exit_codes([start_until(small, out, 0)]) == [0]
+    assert {p.name for p in out.iterdir()} == {p.name for p in finished[0].iterdir()}
     assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
     assert without_times(out / "log.jsonl") == without_times(finished[0] / "log.jsonl")
 
@@ -124,15 +127,47 @@ def test_a_signal_saves_and_resume_goes_on(finished, small, tmp_path, capsys):
     out = tmp_path / "model"
     for number in (signal.SIGINT, signal.SIGTERM):
         process = start_until(small, out, 2)
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 130 and "--resume goes on" in stderr and "Traceback" not in stderr
+        os.kill(process.pid, number)
+        assert forked.exit_codes([process]) == [130]
+        stderr = out.with_suffix(".log").read_text()
+        assert "--resume goes on" in stderr and "Traceback" not in stderr
     assert train.main(command(small, out)[2:]) == 2
     assert "unfinished run" in capsys.readouterr().err
     assert train.main(command(small, out, "--resume", "--max-steps", 40)[2:]) == 2
     assert "started otherwise: n_steps was 45, is 40" in capsys.readouterr().err
-    assert start_until(small, out, 0).communicate(timeout=120) and (out / "model.safetensors").exists()
+    assert forked.exit_codes([start_until(small, out, 0)]) == [0]
     assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(finished, small, tmp_path, capsys):
+    out = tmp_path / "model"
+    first = forked.start(command(small, out)[2:], tmp_path / "log")
+    while not (out / "log.jsonl").exists():
+        first.join(0.001)
+    os.kill(first.pid, signal.SIGSTOP)                    # so that it is there for as long as it is looked at
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for more in ([], ["--resume"], ["--resume", "--max-steps", 40]):
+        assert train.main(command(small, out, *more)[2:]) == 2
+        assert capsys.readouterr().err == f"error: {out}: another process is training there; wait for it or choose another --out\n"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    os.kill(first.pid, signal.SIGCONT)
+    assert forked.exit_codes([first]) == [0] and not (out / ".lock").exists()
+    assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
+
+
+def test_what_another_run_left_meanwhile_is_not_overwritten(finished, small, tmp_path, monkeypatch, capsys):
+    """It was not there yet when this run looked at the folder first."""
+    load, out = train.load_split, tmp_path / "model"
+
+    def slow(*args):
+        if not out.exists():
+            shutil.copytree(finished[0], out)
+        return load(*args)
+
+    monkeypatch.setattr(train, "load_split", slow)
+    assert train.main(command(small, out, "--resume")[2:]) == 2
+    assert "another process is training there" in capsys.readouterr().err
+    assert (out / "log.jsonl").read_bytes() == (finished[0] / "log.jsonl").read_bytes()
 
 
 def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop(finished, small, tmp_path, monkeypatch):
@@ -176,7 +211,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(small, tmp_pat
     out = tmp_path / "model"
     process = start_until(small, out, 1)
     process.kill()
-    process.communicate()
+    process.join()
     config = json.loads((small / "config.json").read_text())
     config["train"]["peak_lr"] = 0.02
     (tmp_path / "other.json").write_text(json.dumps(config))
@@ -191,21 +226,66 @@ def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small
     assert train.main(command(small, finished[0])[2:]) == 2
     assert "finished model" in capsys.readouterr().err
     further = train.main(["--config", str(finished[0]), "--data", str(small), "--out", str(tmp_path / "model"), "--device",
-                          "cpu", "--max-steps", "20", "--eval-every", "1"])
+                          "cpu", "--max-steps", "5", "--eval-every", "1"])
     log = without_times(tmp_path / "model" / "log.jsonl")
     assert further == 0 and log[0]["val_loss"] < without_times(finished[0] / "log.jsonl")[0]["val_loss"]
 
 
-def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path):
-    assert train.main(command(small, tmp_path / "model", "--max-minutes", 0.002)[2:]) == 0
-    log = without_times(tmp_path / "model" / "log.jsonl")
-    assert log[-1]["step"] < 45 and log[-1]["lr"] == pytest.approx(0.1 * 0.01)
+@pytest.mark.parametrize("step_s, n_steps", [([5.0], 25), ([1.0, 1.0, 2.0, 30.0], 16), ([0.1], 45)])
+def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path, monkeypatch, step_s, n_steps):
+    """Two minutes: steps that take 5 s, steps of which some take longer than two of the ten stages, all there are."""
+    now, seen, schedule_step = [0.0], [], train.Run.schedule_step
+
+    def scheduled(run):
+        seen.append(schedule_step(run))
+        return seen[-1]
+
+    def step(*args):
+        now[0] += step_s[len(seen) % len(step_s)]
+        return torch.tensor(1.0), torch.tensor(1.0)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "bulletin_losses", lambda model, tokens: (np.ones(1), np.ones(1)))
+    monkeypatch.setattr(train.Run, "draw", lambda run: None)
+    monkeypatch.setattr(train.Run, "finish", lambda run: None)
+    monkeypatch.setattr(train.Run, "samples", lambda run, n: [])
+    monkeypatch.setattr(train.Run, "schedule_step", scheduled)
+    assert train.main(command(small, tmp_path / "model", "--max-minutes", 2)[2:]) == 0
+    log, steps = without_times(tmp_path / "model" / "log.jsonl"), [step for step, _ in seen]
+    assert steps == sorted(steps) and steps[-1] == 45 and log[-1]["lr"] == pytest.approx(0.1 * 0.01)
+    assert [entry["step"] for entry in log] == [i for i, (_, is_evaluation) in enumerate(seen, 1) if is_evaluation]
+    stages = [step * 10 // 45 for step in steps]
+    evaluated = [stage for stage, (_, is_evaluation) in zip(stages, seen) if is_evaluation]
+    assert evaluated == sorted(set(stages) - {0}) and len(seen) == log[-1]["step"] == n_steps
 
 
 def test_micro_batches_end_where_whole_batches_do(finished, small, tmp_path):
     assert train.main(command(small, tmp_path / "model", "--micro-batch-size", 3)[2:]) == 0
     for a, b in zip(without_times(finished[0] / "log.jsonl"), without_times(tmp_path / "model" / "log.jsonl"), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+
+
+def test_a_compiled_run_that_goes_on_shows_the_compiler_the_same_batches(small, tmp_path, monkeypatch):
+    shown, schedule_step = [], train.Run.schedule_step
+
+    def stopped(run):
+        if run.step == 2 and len(shown) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule_step(run)
+
+    def compile_loss(loss, batches):
+        shown.append([tuple(inputs.shape) for inputs, _ in batches])
+        return loss
+
+    monkeypatch.setattr(train.Run, "schedule_step", stopped)
+    monkeypatch.setattr(train, "pays_to_compile", lambda *args: True)
+    monkeypatch.setattr(train, "compile_loss", compile_loss)
+    start = command(small, tmp_path / "model", "--max-steps", 4, "--micro-batch-size", 7)[2:]
+    assert train.main(start) == 130 and train.main([*start, "--resume"]) == 0
+    first, *kinds = shown[0]
+    assert shown[1] == shown[0] and kinds[3][1] <= first[1] <= kinds[2][1] and kinds[1][1] < kinds[0][1]
+    assert [n_rows for n_rows, _ in shown[0]] == [7, 1, 1, 7, 7]                  # of a batch of 8
 
 
 def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys):
@@ -232,50 +312,72 @@ def test_flags_out_of_range_are_one_line(small, tmp_path, flag, value, capsys):
 # ---------------------------------------------------------------- several processes
 
 
-def two_processes(small: Path, out: Path, *more) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return [sys.executable, *torchrun, *command(small, out, *more)[1:]]
-
-
-@pytest.fixture(scope="module")
-def by_two(small, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("by_two") / "model"
-    done = subprocess.run(two_processes(small, out), cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation loss") == 1                  # one process alone speaks and writes
-    return out
-
-
-def test_two_processes_end_where_one_does(finished, by_two):
-    one, two = without_times(finished[0] / "log.jsonl"), without_times(by_two / "log.jsonl")
-    assert json.loads((by_two / "run.json").read_text())["n_processes"] == 2
-    for a, b in zip(one, two, strict=True):
+def assert_near(one: Path, other: Path) -> None:
+    for a, b in zip(without_times(one / "log.jsonl"), without_times(other / "log.jsonl"), strict=True):
         assert a["step"] == b["step"] and a["n_tokens"] == b["n_tokens"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
 
 
-def test_two_processes_stop_together_and_go_on(small, by_two, tmp_path, capsys):
+def test_two_processes_end_where_one_does(finished, small, tmp_path):
     out = tmp_path / "model"
-    process = subprocess.Popen(two_processes(small, out, "--checkpoint-every", 0), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    while not (out / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.terminate()
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode and "--resume goes on" in stderr and not (out / "model.safetensors").exists()
-    assert train.main(command(small, out, "--resume")[2:]) == 2
-    assert "processes was 2, is 1" in capsys.readouterr().err
-    done = subprocess.run(two_processes(small, out, "--resume"), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([sys.executable, *torchrun, *command(small, out)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert (out / "model.safetensors").read_bytes() == (by_two / "model.safetensors").read_bytes()
-    assert without_times(out / "log.jsonl") == without_times(by_two / "log.jsonl")
+    assert done.stdout.count("validation loss") == 1                  # one process alone speaks and writes
+    assert json.loads((out / "run.json").read_text())["n_processes"] == 2
+    assert_near(finished[0], out)
+
+
+def signal_second(step: int, number: int, n_times: int = 1) -> None:
+    """Have the second process of a run send itself a signal in a step."""
+    schedule_step = train.Run.schedule_step
+
+    def signalled(run):
+        if run.step == step and run.ranks.rank == 1:
+            for _ in range(n_times):
+                os.kill(os.getpid(), number)
+        return schedule_step(run)
+
+    train.Run.schedule_step = signalled
+
+
+def killed_at_7() -> None:
+    signal_second(7, signal.SIGKILL)
+
+
+def stopped_at_19() -> None:
+    signal_second(19 - 1, signal.SIGTERM, n_times=2)                  # as torchrun repeats it
+
+
+def on_a_terminal() -> None:
+    sys.stderr.isatty = lambda: True
+
+
+def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, capsys):
+    """A batch of 8 rows does not divide by three, and of the sums of three numbers the order matters."""
+    whole, out, logs = tmp_path / "whole", tmp_path / "model", tmp_path / "logs"
+    assert forked.exit_codes(forked.start_ranks(3, command(small, whole)[2:], logs)) == [0, 0, 0]
+    assert_near(finished[0], whole)
+    resume = command(small, out, "--resume")[2:]
+    saving = [*resume, "--checkpoint-every", "0"]
+    assert forked.exit_codes(forked.start_ranks(3, saving, logs, killed_at_7))[1] == -signal.SIGKILL
+    assert forked.exit_codes(forked.start_ranks(3, resume, logs, stopped_at_19)) == [130, 130, 130]
+    assert "at step 19 of 45; --resume goes on" in (logs / "0").read_text() and not (out / "model.safetensors").exists()
+    assert train.main(resume) == 2
+    assert "processes was 3, is 1" in capsys.readouterr().err
+    assert forked.exit_codes(forked.start_ranks(3, resume, logs, on_a_terminal)) == [0, 0, 0]
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    log = without_times(out / "log.jsonl")
+    assert log == without_times(whole / "log.jsonl")
+    shown = float(re.search(r"20/45 .*loss ([\d.]+),", (logs / "0").read_text())[1])       # of the two steps since the last entry
+    assert log[3]["step"] == 18 and shown == pytest.approx(log[4]["loss"], abs=0.5)
 
 
 def test_one_batch_overfits(small):
     config = Config.load(small / "config.json")
     model = GPT(config.model)
-    recipe.initialise(model, config.train, ids.numpy().ravel())
     ids = torch.randint(4, 512, (4, 33), generator=torch.Generator().manual_seed(0))
+    recipe.initialise(model, config.train, ids.numpy().ravel())
     loss, optimizers = recipe.NextTokenLoss(model, torch.float32), recipe.make_optimizers(model, config.train)
     nats = [recipe.train_step(loss, optimizers, ids[:, :-1], ids[:, 1:], 3e-3)[0].item() for _ in range(150)]
     assert nats[0] / 128 == pytest.approx(np.log(512), abs=0.3) and nats[-1] / 128 < 0.5
