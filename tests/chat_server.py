@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 
 MODEL = "test/writer"
+KEY = "sk-or-v1-do-not-show-me"
 PRICE_IN, PRICE_OUT = 0.02e-6, 0.05e-6        # USD per token
 CARD = {"id": MODEL, "context_length": 16384, "pricing": {"prompt": "0.00000002", "completion": "0.00000005"}}
 

@@ -10,7 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+import chat
 from bulletins import line_of, parse
+from chat_server import KEY
 from data import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -43,3 +45,13 @@ def run_cli():
     def run(*args, **options) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
     return run
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Work in the repository's root with a key of our own, and hardly wait before asking a server again."""
+    monkeypatch.setattr(chat, "FIRST_BACKOFF_S", 0.005)
+    monkeypatch.setattr(chat, "MAX_BACKOFF_S", 0.05)
+    monkeypatch.delenv("CHAT_API_KEY", raising=False)
+    monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
+    monkeypatch.chdir(ROOT)

@@ -17,19 +17,10 @@ import bulletins
 import chat
 import generate_training_data
 import prompts
-from chat_server import CARD, FAULTS, HEALED_BY_RETRY, MODEL, ChatServer, error, random_faults, seed_words_of
+from chat_server import CARD, FAULTS, HEALED_BY_RETRY, KEY, MODEL, ChatServer, error, random_faults, seed_words_of
 
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parent.parent
-KEY = "sk-or-v1-do-not-show-me"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(chat, "FIRST_BACKOFF_S", 0.005)
-    monkeypatch.setattr(chat, "MAX_BACKOFF_S", 0.05)
-    monkeypatch.delenv("CHAT_API_KEY", raising=False)
-    monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(autouse=True)

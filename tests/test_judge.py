@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import answers
-import chat
 import controls
 import evaluate
 import judgements
@@ -19,20 +18,11 @@ import preferences
 import quality
 import rubric
 from bulletins import bulletin_of
-from chat_server import HEALED_BY_RETRY, MODEL, ChatServer, random_faults
+from chat_server import HEALED_BY_RETRY, KEY, MODEL, ChatServer, random_faults
 
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).parent.parent
-KEY = "sk-or-v1-do-not-show-me"
 FAST_FAULTS = [name for name in HEALED_BY_RETRY if name != "429 soon"]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(chat, "FIRST_BACKOFF_S", 0.005)
-    monkeypatch.setattr(chat, "MAX_BACKOFF_S", 0.05)
-    monkeypatch.delenv("CHAT_API_KEY", raising=False)
-    monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
