@@ -55,9 +55,9 @@ class Ranks:
         """Return the loss with its gradients averaged over all processes."""
         if self.n == 1:
             return loss
-        # Looking for unused parameters keeps the gradients' buckets as they are first made. Otherwise they are made anew
-        # after the first step, also after the first one of a resumed run, and three or more addends in another order
-        # have another sum.
+        # Looking for unused parameters keeps the gradients' buckets as they are first made. Otherwise they are made
+        # anew after the first step, also after the first one of a resumed run, and three or more addends in another
+        # order have another sum.
         return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None,
                                        gradient_as_bucket_view=True, find_unused_parameters=self.n > 2)
 
@@ -106,8 +106,9 @@ def pays_to_compile(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
             compiled = compile_loss(loss, [(inputs, targets)])
             compile_s = time.perf_counter() - started
             return compile_s + n_steps * step_s(compiled, inputs, targets) < eager_s
-        except Exception as error:    # a compiler fails in as many ways as there are machines, and eager is always right
-            print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?", file=sys.stderr)
+        except Exception as error:    # a compiler fails in as many ways as there are machines; eager is always right
+            print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?",
+                  file=sys.stderr)
             return False
     finally:
         loss.zero_grad()

@@ -1,4 +1,4 @@
-"""What a training run leaves behind besides its weights: files written whole, the log, its figure, facts of the machine."""
+"""What a training run leaves behind besides its weights: files written whole, log, figure, facts of the machine."""
 import json
 import os
 import platform
@@ -34,12 +34,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_log(log: list[dict], path: Path, title: str) -> None:
-    """Draw the entries of log.jsonl: losses over steps, epochs and tokens, below them learning rate and gradient norm."""
+    """Draw the entries of log.jsonl: losses over steps, epochs and tokens, below them rate and gradient norm."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     steps, last = [entry["step"] for entry in log], log[-1]
-    figure, (losses, rates) = plt.subplots(2, sharex=True, figsize=(6.4, 5.6), height_ratios=[3, 1], layout="constrained")
+    figure, (losses, rates) = plt.subplots(2, sharex=True, figsize=(6.4, 5.6), height_ratios=[3, 1],
+                                             layout="constrained")
     losses.plot(steps, [entry["loss"] for entry in log], label="training, mean since the last point")
     losses.plot(steps, [entry["val_loss"] for entry in log], marker=".", label="validation")
     losses.set(ylabel="loss, nats per token", title=title)
@@ -85,7 +86,8 @@ def commit_of_checkout() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True,
+                                 check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changed else "")

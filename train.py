@@ -59,12 +59,13 @@ class Run:
         self.n_steps = min(config.train.n_epochs * self.steps_an_epoch, args.max_steps or sys.maxsize)
         # What must be the same for a checkpoint to go on to the bytes of an uninterrupted run. No random state is
         # among it: the order of the data is a function of seed and epoch, and a step draws nothing.
-        self.identity = {**{f"{part}.{key}": value for part, keys in config.to_json().items() for key, value in keys.items()},
+        settings = {f"{part}.{key}": value for part, keys in config.to_json().items() for key, value in keys.items()}
+        self.identity = {**settings,
                          "tokenizer_sha256": hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest(),
                          "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256,
                          "n_steps": self.n_steps, "max_minutes": args.max_minutes, "device": self.device.type,
                          "processes": self.ranks.n, "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}
-        is_half = self.ranks.first(faster_dtype(self.device) == torch.bfloat16)       # all processes do as the first one
+        is_half = self.ranks.first(faster_dtype(self.device) == torch.bfloat16)    # all processes do as the first one
         self.dtype, self.is_compiled = torch.bfloat16 if is_half else torch.float32, None
         self.step, self.elapsed_s, self.n_tokens = 0, 0.0, 0
         self.stage = 0                      # how many of the N_EVALUATIONS parts of the schedule are over
@@ -76,7 +77,7 @@ class Run:
         return load_split(self.args.data, split, self.tokenizer_path, self.config.model.context_length)
 
     def make_model(self) -> None:
-        """Make the model and optimizers: new from the seed, or with the weights of the model folder given as --config."""
+        """Make the model and optimizers: new from the seed, or with the weights of a model folder given as --config."""
         if self.args.config.is_dir():
             self.model = GPT.from_pretrained(self.args.config)
         else:
@@ -87,10 +88,11 @@ class Run:
         self.optimizers = make_optimizers(self.model, self.config.train)
         self.candidates = Candidates(self.config.train, self.config.model.vocab_size, self.train.ids)
         # Since the last evaluation, of this process: summed loss in nats and number of targets.
-        self.tally = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        precise = torch.float32 if self.device.type == "mps" else torch.float64
+        self.tally = torch.zeros(2, dtype=precise, device=self.device)
 
     def make_loss(self) -> None:
-        """Make what the steps call: the model with its loss, compiled if that pays, its gradients shared by all processes."""
+        """Make what the steps call: the model with its loss, compiled if that pays, its gradients those of all processes."""
         loss = NextTokenLoss(self.model, self.dtype)
         if self.is_compiled is None:
             rows = next(self.parts())
@@ -124,14 +126,14 @@ class Run:
     # ------------------------------------------------------------ checkpoints
 
     def claim(self) -> IO | nullcontext:
-        """Return what keeps other runs out of --out until it is closed; raise ValueError, in all processes, if one is in."""
+        """Return what keeps other runs out of --out until it is closed; raise ValueError in all processes if one is in."""
         lock = cli.hold(self.out) if self.ranks.is_first else nullcontext()
         if self.ranks.any(lock is None or held_in(self.out) != self.args.held)[0]:
             raise ValueError(f"{self.out}: another process is training there; wait for it or choose another --out")
         return lock
 
     def save_checkpoint(self) -> None:
-        """Write what the run needs to go on; all processes hold the same, so the first one writes and the others wait."""
+        """Write what the run needs to go on; all processes hold the same, so the first writes and the others wait."""
         tally = self.ranks.sum(self.tally.clone())
         if self.ranks.is_first:
             state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
@@ -176,8 +178,9 @@ class Run:
             for inputs, targets, n_tokens in self.remaining_batches():
                 schedule_step, is_evaluation = self.schedule_step()
                 lr = learning_rate(schedule_step, self.n_steps, self.config.train)
-                nats, grad_norm = train_step(self.loss, self.optimizers, inputs, targets, lr, self.ranks.rank, self.ranks.n,
-                                             self.args.micro_batch_size, self.candidates.draw(targets, self.step))
+                nats, grad_norm = train_step(self.loss, self.optimizers, inputs, targets, lr, self.ranks.rank,
+                                             self.ranks.n, self.args.micro_batch_size,
+                                             self.candidates.draw(targets, self.step))
                 self.step += 1
                 self.n_tokens += n_tokens
                 self.tally[0] += nats
@@ -189,7 +192,7 @@ class Run:
                     bar.set_postfix_str(f"loss {loss.item():.3f}, lr {lr:.1e}, {tokens_per_s:,.0f} tok/s")
                 if is_evaluation:
                     self.evaluate(lr, grad_norm, bar)
-                if schedule_step == self.n_steps:        # no checkpoint of the last step: an earlier one leads to it too
+                if schedule_step == self.n_steps:    # no checkpoint of the last step: an earlier one leads to it
                     return
                 is_due = time.perf_counter() - saved > self.args.checkpoint_every
                 is_asked, is_due = self.ranks.any(stop.asked, is_due)
@@ -238,8 +241,8 @@ class Run:
         if time.perf_counter() - self.drawn > DRAW_EVERY_S:
             self.draw()
         self.board.add(entry)
-        bar.write(f"step {self.step}/{self.n_steps}  loss {entry['loss']:.3f}  val {entry['val_loss']:.3f}  lr {lr:.1e}  "
-                  f"norm {entry['grad_norm']:.2f}  {self.n_tokens / self.elapsed_s:,.0f} tok/s", file=sys.stderr)
+        bar.write(f"step {self.step}/{self.n_steps}  loss {entry['loss']:.3f}  val {entry['val_loss']:.3f}  "
+                  f"lr {lr:.1e}  norm {entry['grad_norm']:.2f}  {self.n_tokens / self.elapsed_s:,.0f} tok/s", file=sys.stderr)
         for headline, story in self.samples(self.args.samples):
             bar.write(f"    {headline} </h> {story}", file=sys.stderr)
         self.model.train()
@@ -268,10 +271,12 @@ class Run:
             "n_tokens_seen": self.n_tokens, "elapsed_s": round(self.elapsed_s, 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["python", *map(str, self.args.command_line)]), "commit": commit_of_checkout(),
-            "precision": str(self.dtype).removeprefix("torch."), "is_compiled": self.is_compiled, "n_processes": self.ranks.n,
+            "precision": str(self.dtype).removeprefix("torch."), "is_compiled": self.is_compiled,
+            "n_processes": self.ranks.n,
             "cpu_threads": torch.get_num_threads(), "hardware": hardware(self.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "config": self.config.to_json(), "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256})
+            "config": self.config.to_json(), "train_sha256": self.train.sha256,
+            "validation_sha256": self.validation.sha256})
         self.model.eval().save_pretrained(self.out)
         for leftover in (*self.out.glob("checkpoint.pt*"), self.out / cli.LOCK):
             leftover.unlink(missing_ok=True)
@@ -314,8 +319,10 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args, config)
     with run.claim():
         carry_out(run)
-    del run.loss                        # before leave(): it must not be the last to let go of the processes' connection,
-    run.ranks.leave()                   # for it would wait for a thread that waits for the interpreter's lock
+    # The loss must not be the last to let go of the processes' connection: it would wait for a thread of it while that
+    # thread waits for the interpreter.
+    del run.loss
+    run.ranks.leave()
 
 
 def carry_out(run: Run) -> None:
@@ -331,7 +338,8 @@ def carry_out(run: Run) -> None:
         left_out = run.train.n_too_long + run.train.n_malformed
         print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {len(run.train):,} bulletins "
               f"({left_out:,} left out: {run.train.n_too_long:,} too long, {run.train.n_malformed:,} malformed), "
-              f"{run.n_steps:,} steps on {run.ranks.n} {run.device} in {str(run.dtype).removeprefix('torch.')}", file=sys.stderr)
+              f"{run.n_steps:,} steps on {run.ranks.n} {run.device} in {str(run.dtype).removeprefix('torch.')}",
+              file=sys.stderr)
     try:
         run.make_loss()
         run.loop()
@@ -349,16 +357,19 @@ def carry_out(run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a config file, or a model folder to train further")
-    parser.add_argument("--data", default="training_data", metavar="DIR_OR_HUB_ID", help="the corpus (default: %(default)s)")
+    parser.add_argument("--data", default="training_data", metavar="DIR_OR_HUB_ID",
+                        help="the corpus (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="default: the model folder's own, or "
                         "tokenizers/tinynewstokenizer{vocab_size}.model")
     parser.add_argument("--out", type=Path, help="model folder to write (default: models/NAME_OF_CONFIG)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, if there is one")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
-    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="bulletins of a batch that a device reads at once; "
+    parser.add_argument("--micro-batch-size", type=int, metavar="N",
+                        help="bulletins of a batch that a device reads at once; "
                         "fewer need less memory and end in the same loss (default: all)")
     parser.add_argument("--max-steps", type=int, help="end after so many steps; the schedule spans them")
-    parser.add_argument("--max-minutes", type=float, help="end after so many minutes of training; the schedule spans them")
+    parser.add_argument("--max-minutes", type=float,
+                        help="end after so many minutes of training; the schedule spans them")
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help=f"default: {N_EVALUATIONS} times in the run")
     parser.add_argument("--samples", type=int, default=1, metavar="N",
                         help="bulletins shown at each evaluation (default: %(default)s)")
