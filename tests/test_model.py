@@ -99,6 +99,23 @@ def test_a_row_of_a_packed_product_does_not_depend_on_the_others():
         assert torch.allclose(many, linear(x), atol=1e-5)
 
 
+def test_the_decoder_of_a_cpu_computes_what_the_model_does(golden):
+    from generation import Decoder, KVCache, PackedLinear, plain_linear
+    model, expected = golden
+    ids = expected["input_ids"]
+    n_rows, n_tokens = ids.shape
+    positions = torch.arange(n_tokens).expand(n_rows, -1)
+    with torch.inference_mode():
+        hidden = model.hidden(ids)
+        for linear in (PackedLinear, plain_linear):
+            decoder, cache = Decoder(model, linear), KVCache(model.config, n_rows, n_tokens, hidden)
+            first = decoder.hidden(ids[:, :-1], positions[:, :-1], cache, None)
+            cache.n_columns = n_tokens - 1
+            states = torch.cat([first, decoder.hidden(ids[:, -1:], positions[:, -1:], cache, None)], dim=1)
+            assert torch.allclose(states, hidden, atol=1e-5)
+            assert torch.allclose(decoder.out_head(states), expected["logits"], atol=1e-4)
+
+
 @pytest.mark.parametrize("n_rows", [1, 4])
 def test_bfloat16_generates_close_to_float32(tiny, n_rows):
     rounded = GPT.from_pretrained(GOLDEN / "tiny", dtype=torch.bfloat16)
