@@ -87,25 +87,25 @@ class Ranks:
 # ---------------------------------------------------------------- compilation
 
 
-def pays_to_compile(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, n_steps: int, dtype: torch.dtype) -> bool:
-    """Tell whether n_steps passes over such a batch [B, T] end sooner compiled, compiler included; measured, not guessed.
+def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_steps: int, dtype: torch.dtype) -> bool:
+    """Tell whether n_steps passes over such a batch end sooner compiled, compiler included; measured, not guessed.
 
     A CPU in float32 is not tried: nearly all its time goes into matrix products, which a compiler leaves as they are.
     Leaves no gradients behind.
     """
-    if inputs.device.type == "mps" or inputs.device.type == "cpu" and dtype == torch.float32:
+    if batch[0].device.type == "mps" or batch[0].device.type == "cpu" and dtype == torch.float32:
         return False
     try:
-        step_s(loss, inputs, targets, n_times=1)              # the first one prepares much
-        eager_s = n_steps * step_s(loss, inputs, targets)
+        step_s(loss, *batch, n_times=1)            # the first one prepares much
+        eager_s = n_steps * step_s(loss, *batch)
         if eager_s < WORTH_COMPILING_S:
             return False
         print("compiling, about a minute ...", file=sys.stderr)
         started = time.perf_counter()
         try:
-            compiled = compile_loss(loss, [(inputs, targets)])
+            compiled = compile_loss(loss, [batch])
             compile_s = time.perf_counter() - started
-            return compile_s + n_steps * step_s(compiled, inputs, targets) < eager_s
+            return compile_s + n_steps * step_s(compiled, *batch) < eager_s
         except Exception as error:    # a compiler fails in as many ways as there are machines; eager is always right
             print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?",
                   file=sys.stderr)
@@ -115,7 +115,7 @@ def pays_to_compile(loss: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
 
 
 def compile_loss(loss: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]] = ()) -> Callable:
-    """Return the compiled loss, for inputs and targets [B, T] of any number of rows and tokens; leave no gradients.
+    """Return the compiled loss, for batches of any number of rows and tokens; leave no gradients.
 
     The code for a kind of batch, such as one of a single row, depends on the first one of it that the compiler meets.
     A run that goes on must not meet another one first than when it began, or its sums may be rounded otherwise: so

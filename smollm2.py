@@ -70,7 +70,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Matrix:
-    """A linear layer in int8, with a scale for each row of weights and each token of the input; in float32 where asked."""
+    """A linear layer in int8, a scale for each row of its weights and each token of its input; in float32 where asked."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
@@ -171,7 +171,7 @@ class Decoder:
         Only the likeliest pieces are looked at; min_p drops those of them that are less likely than this share of the
         first (Nguyen et al. 2024).
         """
-        logits, columns = self.head(x).topk(min(N_LIKELIEST, len(self.kept_pieces)))          # (B, C) -> (B, V) -> (B, 50)
+        logits, columns = self.head(x).topk(min(N_LIKELIEST, len(self.kept_pieces)))     # (B, C) -> (B, V) -> (B, 50)
         weights = ((logits - logits[:, :1]) / temperature).exp()
         cumulative = (weights * (weights >= min_p)).cumsum(-1)
         picked = torch.searchsorted(cumulative, dice[:, None] * cumulative[:, -1:])
@@ -182,8 +182,8 @@ class Decoder:
                  temperature: float, min_p: float, stop_id: int) -> list[list[int]]:
         """Return the sampled continuation of each prompt, without the stop token.
 
-        All prompts stand after the same prefix. The same prefix, prompt, seed and settings give the same text on the same
-        machine, whatever is written beside it.
+        All prompts stand after the same prefix. The same prefix, prompt, seed and settings give the same text on the
+        same machine, whatever is written beside it.
         """
         n_active, width = len(prompts), len(prefix) + max(map(len, prompts)) + max_new_tokens
         rngs = [random.Random(seed) for seed in seeds]
@@ -235,7 +235,8 @@ class Decoder:
                 targets[row, :len(sequences[i]) - 1] = column_of[torch.tensor(sequences[i][1:])]
             cache = self.new_cache(len(rows), width)
             x = torch.cat([self.hidden(ids[:, :1], 0, cache, is_exact=True), self.hidden(ids[:, 1:], 1, cache)], 1)
-            nll = F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)   # (B, T)
+            logits = self.head(x)                                                   # (B, T, V)
+            nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
             for i, total, n_tokens in zip(rows, nll.sum(1), (targets >= 0).sum(1)):
                 scores[i] = -(total / n_tokens).item()
         return scores

@@ -58,7 +58,7 @@ class Run:
         self.steps_an_epoch = -(-len(self.train) // config.train.batch_size)
         self.n_steps = min(config.train.n_epochs * self.steps_an_epoch, args.max_steps or sys.maxsize)
         # What must be the same for a checkpoint to go on to the bytes of an uninterrupted run. No random state is
-        # among it: the order of the data is a function of seed and epoch, and a step draws nothing.
+        # among it: the order of the data is a function of seed and epoch, what a step draws one of seed and step.
         settings = {f"{part}.{key}": value for part, keys in config.to_json().items() for key, value in keys.items()}
         self.identity = {**settings,
                          "tokenizer_sha256": hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest(),
@@ -97,12 +97,16 @@ class Run:
         if self.is_compiled is None:
             rows = next(self.parts())
             n_passes = self.n_steps * math.ceil(self.config.train.batch_size / self.ranks.n / len(rows))
-            self.is_compiled = self.ranks.is_first and pays_to_compile(loss, *self.train.batch(rows), n_passes, self.dtype)
+            self.is_compiled = self.ranks.is_first and pays_to_compile(loss, self.read(rows), n_passes, self.dtype)
             self.is_compiled = bool(self.ranks.first(self.is_compiled))
         if self.is_compiled:
-            batches = map(self.train.batch, self.kinds_of_parts())
-            loss = compile_loss(loss, ((*batch, *self.candidates.draw(batch[1], 0)) for batch in batches))
+            loss = compile_loss(loss, map(self.read, self.kinds_of_parts()))
         self.loss = self.ranks.share(loss, self.device)
+
+    def read(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return what the loss is given for some bulletins: inputs and targets [B, T], and candidates if there are any."""
+        inputs, targets = self.train.batch(rows)
+        return inputs, targets, *self.candidates.draw(targets, 0)
 
     def parts(self) -> Iterator[np.ndarray]:
         """Yield what this process reads at once in the first epoch, as indices of bulletins."""

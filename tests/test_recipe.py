@@ -209,15 +209,15 @@ def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
     monkeypatch.setattr(devices, "WORTH_COMPILING_S", 0)
     monkeypatch.setattr(torch, "compile", lambda loss, **options: lambda *batch: (_ for _ in ()).throw(RuntimeError("no g++")))
     _, loss, _ = new()
-    assert not devices.pays_to_compile(loss, *batch(), 1000, torch.bfloat16)
+    assert not devices.pays_to_compile(loss, batch(), 1000, torch.bfloat16)
     assert "is there a C++ compiler?" in capsys.readouterr().err and all(p.grad is None for p in loss.parameters())
 
 
 def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch):
     monkeypatch.setattr(torch, "compile", None)
     _, loss, _ = new()
-    assert not devices.pays_to_compile(loss, *batch(), 1, torch.bfloat16)
-    assert not devices.pays_to_compile(loss, *batch(), 10**9, torch.float32)
+    assert not devices.pays_to_compile(loss, batch(), 1, torch.bfloat16)
+    assert not devices.pays_to_compile(loss, batch(), 10**9, torch.float32)
     assert all(p.grad is None for p in loss.parameters())             # the first step must not find gradients of a trial
 
 
