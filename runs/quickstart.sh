@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source runs/environment.sh
 out=models/quickstart
 if [ ! -e "$out/model.safetensors" ]; then
-    python train.py --config configs/3M.json --out "$out" --max-steps 1000 --resume
+    python train.py --config configs/3M-fast.json --out "$out" --max-steps 1000 --eval-every 250 --resume
 fi
 echo
 echo "Five bulletins of the model that you have just trained ($out):"
@@ -15,6 +15,6 @@ python sample.py --model "$out" -n 5 --seed 1
 cat <<'END'
 What to try next:
   python sample.py --headline "Storm closes schools along the coast"    # the bundled model, trained for longer
-  python train.py --config configs/3M.json                              # the whole recipe
+  python train.py --config configs/3M-fast.json                         # the whole corpus
   jupyter lab demo.ipynb                                                # look inside a model
 END
