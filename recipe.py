@@ -176,7 +176,7 @@ class Candidates:
             return ()
         dice = torch.from_numpy(np.random.default_rng([self.config.seed, step]).random(len(self.priority), dtype=np.float32))
         score = (self.priority + dice.clamp(max=0.999)).to(targets.device)
-        score[targets[targets != IGNORED]] = 2.0                  # never left out, however many they are
+        score.scatter_(0, targets.flatten().clamp(min=0), 2.0)    # never left out; nor is piece 0, for what is IGNORED
         score, pieces = score.topk(self.config.n_candidates)
         n_sure = (score >= 1).sum()
         n_per_draw = (len(self.priority) - n_sure) / (self.config.n_candidates - n_sure)
