@@ -12,7 +12,7 @@ from data import IGNORED, Tokens, load_split
 from devices import compile_loss, pick_device
 from model import GPT, Config
 from precision import faster_dtype
-from recipe import NextTokenLoss, initialise, make_optimizers, train_step
+from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, train_step
 
 LR = 1e-4
 
@@ -60,7 +60,13 @@ def our_steps(config: Config, tokens: Tokens, device: torch.device, is_compiled:
     initialise(model, config.train, tokens.ids)
     loss, optimizers = NextTokenLoss(model, faster_dtype(device)), make_optimizers(model, config.train)
     loss = compile_loss(loss) if is_compiled else loss
-    return lambda indices: train_step(loss, optimizers, *tokens.batch(indices), LR)[0]
+    candidates = Candidates(config.train, config.model.vocab_size, tokens.ids)
+
+    def step(indices: np.ndarray) -> torch.Tensor:
+        inputs, targets = tokens.batch(indices)
+        return train_step(loss, optimizers, inputs, targets, LR, candidates=candidates.draw(targets, 0))[0]
+
+    return step
 
 
 def plain_steps(config: Config, tokens: Tokens, device: torch.device) -> Callable:

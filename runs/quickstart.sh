@@ -14,7 +14,7 @@ echo
 python sample.py --model "$out" -n 5 --seed 1
 cat <<'END'
 What to try next:
-  python sample.py --headline "Storm closes schools along the coast"    # the bundled model, trained for longer
+  python sample.py --headline "Storm closes schools along the coast"    # the bundled model
   python train.py --config configs/3M-fast.json                         # the whole corpus
   jupyter lab demo.ipynb                                                # look inside a model
 END
