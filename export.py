@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import cli
+from config import Config, ModelConfig, TrainConfig, from_json
 from data import load_tokenizer
-from model import BOS, EOS, GPT, PAD, Config, ModelConfig, TrainConfig, from_json
+from model import BOS, EOS, GPT, PAD
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
 
 COMPANIONS = ("tokenizer.model", "tokenizer.vocab", "run.json")       # copied as they are, for the way back

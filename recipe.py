@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from config import TrainConfig
 from data import IGNORED
-from model import EOS, GPT, TrainConfig
+from model import EOS, GPT
 
 # Axes: B batch, T tokens, N = B * T, C d_embedding, V vocabulary
 

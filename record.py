@@ -1,25 +1,13 @@
-"""What a training run leaves behind besides its weights: files written whole, log, figure, facts of the machine."""
+"""What a training run leaves behind besides its weights: its log, the log's figure, facts of the machine."""
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-
-def write_beside(path: Path, write: Callable[[Path], object]) -> None:
-    """Have write(partial path) make a file, put it on the disk for sure, then rename it to its place."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_beside(path, lambda partial: partial.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8"))
+from files import write_beside
 
 
 def write_log(path: Path, log: list[dict]) -> None:
@@ -34,13 +22,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw_log(log: list[dict], path: Path, title: str) -> None:
-    """Draw the entries of log.jsonl: losses over steps, epochs and tokens, below them rate and gradient norm."""
+    """Draw the entries of log.jsonl, at least one: losses over steps, epochs and tokens; below, rate and norm."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     steps, last = [entry["step"] for entry in log], log[-1]
     figure, (losses, rates) = plt.subplots(2, sharex=True, figsize=(6.4, 5.6), height_ratios=[3, 1],
-                                             layout="constrained")
+                                           layout="constrained")
     losses.plot(steps, [entry["loss"] for entry in log], label="training, mean since the last point")
     losses.plot(steps, [entry["val_loss"] for entry in log], marker=".", label="validation")
     losses.set(ylabel="loss, nats per token", title=title)
@@ -63,7 +51,7 @@ class Board:
     """The log for TensorBoard, in a folder; without a folder it takes entries and does nothing."""
 
     def __init__(self, folder: Path | None, step: int):
-        """Go on after a step, forgetting what was logged after it; raise ValueError if TensorBoard is not installed."""
+        """Go on after a step, forgetting what was logged after it; raise ValueError without TensorBoard."""
         self._writer = None
         if folder is not None:
             try:
@@ -82,7 +70,7 @@ class Board:
 
 
 def commit_of_checkout() -> str | None:
-    """Return the commit that this code stands at, with "+" if files were changed; None outside a git checkout."""
+    """Return the commit that this code is at, with "+" if files were changed; None outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -118,7 +118,8 @@ def sample(args: argparse.Namespace) -> dict:
     runs once, and says whether float32 writes the same ids.
     """
     import torch
-    from model import GPT, Config
+    from config import Config
+    from model import GPT
     from record import hardware
     torch.manual_seed(0)
     model = GPT(Config.load(args.config).model).eval()

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from config import Config
 from data import IGNORED, Tokens, load_split
 from devices import compile_loss, pick_device
-from model import GPT, Config
+from model import GPT
 from precision import faster_dtype
 from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, train_step
 

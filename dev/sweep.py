@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 import cli
 import train
-from model import Config, from_json
-from record import read_log, write_beside, write_json
+from config import Config, from_json
+from files import write_beside, write_json
+from record import read_log
 
 
 def variants(paths: list[Path], vary: list[list[str]]) -> dict[str, dict]:

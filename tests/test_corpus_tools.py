@@ -9,7 +9,7 @@ import enlarge
 import superwords
 from bulletins import bulletin_of
 from cleaning import write_corpus
-from model import Config
+from config import Config
 
 
 def test_an_enlarged_corpus_is_mostly_accepted_and_holds_what_the_cleaning_looks_for(lines, tmp_path):

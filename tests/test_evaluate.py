@@ -11,7 +11,8 @@ import bulletins
 import evaluate
 import judgements as judged
 import quality
-from model import Config, GPT
+from config import Config
+from model import GPT
 
 REPOSITORY = Path(evaluate.__file__).parent
 

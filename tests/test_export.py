@@ -12,8 +12,9 @@ import torch
 
 import corpus
 import export
+from config import Config
 from data import USER_SYMBOLS, load_tokenizer
-from model import GPT, Config
+from model import GPT
 from pieces import read_pieces, tokenizer_json
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ import torch
 from nbclient import NotebookClient
 
 from bulletins import parse
-from model import GPT, Config
+from config import Config
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model import Config
+from config import Config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

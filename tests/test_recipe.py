@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import devices
 import recipe
+from config import ModelConfig, TrainConfig
 from data import IGNORED
-from model import GPT, ModelConfig, TrainConfig
+from model import GPT
 
 MODEL = ModelConfig(vocab_size=64, context_length=16, d_embedding=16, d_intermediate=32, n_heads=2, n_layers=2, qkv_bias=False)
 TEXT = np.random.default_rng(0).zipf(1.3, 4000).clip(max=60).astype(np.uint16) + np.uint16(3)         # ids end to end

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import sample
-from model import GPT, Config
+from config import Config
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 HEADLINES = ["Storm breaks two bridges", "Bakers raise the price of bread by $2"]

@@ -1,4 +1,4 @@
-"""The training step against the published recipe, and the run: resumed equals uninterrupted, bad input is one line."""
+"""The step against the published recipe; the run: resumed equals uninterrupted, bad input is one line."""
 import json
 import os
 import re
@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 import forked
 import recipe
 import train
-from data import IGNORED
-from model import GPT, Config, TrainConfig
+from config import Config, TrainConfig
+from data import IGNORED, bulletin_losses, load_split
+from devices import Ranks
+from model import GPT
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,7 +40,8 @@ def test_the_published_recipe_step_by_step(case):
         lr = recipe.learning_rate(step, len(batches), config)
         nats, grad_norm = recipe.train_step(loss, optimizers, rows[:, :-1], targets, lr)
         assert lr == pytest.approx(expected["recipe.lrs"][step - 1].item(), rel=1e-5)
-        assert nats.item() / (targets != IGNORED).sum() == pytest.approx(expected["recipe.losses"][step - 1].item(), abs=1e-4)
+        loss_per_token = nats.item() / (targets != IGNORED).sum().item()
+        assert loss_per_token == pytest.approx(expected["recipe.losses"][step - 1].item(), abs=1e-4)
         assert grad_norm.item() == pytest.approx(expected["recipe.grad_norms"][step - 1].item(), rel=1e-3)
     assert len(batches) == 40 == len(expected["recipe.losses"])
     model.eval()
@@ -74,6 +77,12 @@ def without_times(log: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "elapsed_s"} for line in log.read_text().splitlines()]
 
 
+def assert_near(one: Path, other: Path) -> None:
+    for a, b in zip(without_times(one / "log.jsonl"), without_times(other / "log.jsonl"), strict=True):
+        assert a["step"] == b["step"] and a["n_tokens"] == b["n_tokens"]
+        assert (a["loss"], a["val_loss"]) == pytest.approx((b["loss"], b["val_loss"]), abs=1e-3)
+
+
 def test_a_run_writes_a_whole_model_folder(finished, small):
     out, done = finished
     assert {p.name for p in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.model", "tokenizer.vocab",
@@ -82,17 +91,18 @@ def test_a_run_writes_a_whole_model_folder(finished, small):
     assert [entry["step"] for entry in log] == sorted({entry["step"] for entry in log})
     assert log[-1]["step"] == facts["n_steps"] == 45
     assert log[-1]["val_loss"] < log[0]["val_loss"] < 7 and facts["val_loss"] == log[-1]["val_loss"]
-    assert facts["n_bulletins"] == 120 and facts["n_parameters"] == sum(p.numel() for p in GPT.from_pretrained(out).parameters())
+    assert facts["n_bulletins"] == 120
+    assert facts["n_parameters"] == sum(p.numel() for p in GPT.from_pretrained(out).parameters())
     assert done.stdout.startswith("validation loss") and done.stdout.count("\n\n") == 3
     assert "\r" not in done.stderr                      # no progress bar where nobody watches
 
 
 def test_the_logged_validation_loss_is_total_by_total(finished, small):
-    from data import bulletin_losses, load_split
     out, _ = finished
     validation = load_split(small, "validation", out / "tokenizer.model", 256)
     nats, n_targets = bulletin_losses(GPT.from_pretrained(out), validation, batch_size=5)
-    assert nats.sum() / n_targets.sum() == pytest.approx(json.loads((out / "run.json").read_text())["val_loss"], abs=1e-5)
+    told = json.loads((out / "run.json").read_text())["val_loss"]
+    assert nats.sum() / n_targets.sum() == pytest.approx(told, abs=1e-5)
 
 
 def start_until(small: Path, out: Path, n_checkpoints: int) -> ForkServerProcess:
@@ -148,7 +158,8 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(finished, small, 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for more in ([], ["--resume"], ["--resume", "--max-steps", 40]):
         assert train.main(command(small, out, *more)[2:]) == 2
-        assert capsys.readouterr().err == f"error: {out}: another process is training there; wait for it or choose another --out\n"
+        assert capsys.readouterr().err == (f"error: {out}: another process is training there; wait for it or choose "
+                                           "another --out\n")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     os.kill(first.pid, signal.SIGCONT)
     assert forked.exit_codes([first]) == [0] and not (out / ".lock").exists()
@@ -157,14 +168,14 @@ def test_a_second_run_in_a_folder_is_refused_and_harms_nothing(finished, small, 
 
 def test_what_another_run_left_meanwhile_is_not_overwritten(finished, small, tmp_path, monkeypatch, capsys):
     """It was not there yet when this run looked at the folder first."""
-    load, out = train.load_split, tmp_path / "model"
+    out = tmp_path / "model"
 
     def slow(*args):
         if not out.exists():
             shutil.copytree(finished[0], out)
-        return load(*args)
+        return load_split(*args)
 
-    monkeypatch.setattr(train, "load_split", slow)
+    monkeypatch.setattr("run.load_split", slow)
     assert train.main(command(small, out, "--resume")[2:]) == 2
     assert "another process is training there" in capsys.readouterr().err
     assert (out / "log.jsonl").read_bytes() == (finished[0] / "log.jsonl").read_bytes()
@@ -172,14 +183,14 @@ def test_what_another_run_left_meanwhile_is_not_overwritten(finished, small, tmp
 
 def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop(finished, small, tmp_path, monkeypatch):
     """A checkpoint of the last step would be resumed with one step too many."""
-    evaluate, saved = train.Run.evaluate, []
+    evaluate, saved = train.evaluate, []
 
     def signalled(run, *args):
         evaluate(run, *args)
         if run.step == run.n_steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Run, "evaluate", signalled)
+    monkeypatch.setattr(train, "evaluate", signalled)
     monkeypatch.setattr(train.Run, "save_checkpoint", lambda run: saved.append(run.step))
     assert train.main(command(small, tmp_path / "model")[2:]) == 0 and not saved
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
@@ -225,8 +236,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(small, tmp_pat
 def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small, tmp_path, capsys):
     assert train.main(command(small, finished[0])[2:]) == 2
     assert "finished model" in capsys.readouterr().err
-    further = train.main(["--config", str(finished[0]), "--data", str(small), "--out", str(tmp_path / "model"), "--device",
-                          "cpu", "--max-steps", "5", "--eval-every", "1"])
+    further = train.main(["--config", str(finished[0]), "--data", str(small), "--out", str(tmp_path / "model"),
+                          "--device", "cpu", "--max-steps", "5", "--eval-every", "1"])
     log = without_times(tmp_path / "model" / "log.jsonl")
     assert further == 0 and log[0]["val_loss"] < without_times(finished[0] / "log.jsonl")[0]["val_loss"]
 
@@ -234,10 +245,10 @@ def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small
 @pytest.mark.parametrize("step_s, n_steps", [([5.0], 25), ([1.0, 1.0, 2.0, 30.0], 16), ([0.1], 45)])
 def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path, monkeypatch, step_s, n_steps):
     """Two minutes: steps that take 5 s, steps of which some take longer than two of the ten stages, all there are."""
-    now, seen, schedule_step = [0.0], [], train.Run.schedule_step
+    now, seen, next_in_schedule = [0.0], [], train.next_in_schedule
 
     def scheduled(run):
-        seen.append(schedule_step(run))
+        seen.append(next_in_schedule(run))
         return seen[-1]
 
     def step(*args):
@@ -247,10 +258,10 @@ def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path, monkey
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train, "bulletin_losses", lambda model, tokens: (np.ones(1), np.ones(1)))
-    monkeypatch.setattr(train.Run, "draw", lambda run: None)
-    monkeypatch.setattr(train.Run, "finish", lambda run: None)
-    monkeypatch.setattr(train.Run, "samples", lambda run, n: [])
-    monkeypatch.setattr(train.Run, "schedule_step", scheduled)
+    monkeypatch.setattr(train, "draw", lambda run: None)
+    monkeypatch.setattr(train, "finish", lambda run: None)
+    monkeypatch.setattr(train, "samples", lambda run, n: [])
+    monkeypatch.setattr(train, "next_in_schedule", scheduled)
     assert train.main(command(small, tmp_path / "model", "--max-minutes", 2)[2:]) == 0
     log, steps = without_times(tmp_path / "model" / "log.jsonl"), [step for step, _ in seen]
     assert steps == sorted(steps) and steps[-1] == 45 and log[-1]["lr"] == pytest.approx(0.1 * 0.01)
@@ -262,25 +273,24 @@ def test_against_the_clock_the_schedule_comes_to_its_end(small, tmp_path, monkey
 
 def test_micro_batches_end_where_whole_batches_do(finished, small, tmp_path):
     assert train.main(command(small, tmp_path / "model", "--micro-batch-size", 3)[2:]) == 0
-    for a, b in zip(without_times(finished[0] / "log.jsonl"), without_times(tmp_path / "model" / "log.jsonl"), strict=True):
-        assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+    assert_near(finished[0], tmp_path / "model")
 
 
 def test_a_compiled_run_that_goes_on_shows_the_compiler_the_same_batches(small, tmp_path, monkeypatch):
-    shown, schedule_step = [], train.Run.schedule_step
+    shown, next_in_schedule = [], train.next_in_schedule
 
     def stopped(run):
         if run.step == 2 and len(shown) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return schedule_step(run)
+        return next_in_schedule(run)
 
     def compile_loss(loss, batches):
         shown.append([tuple(inputs.shape) for inputs, _ in batches])
         return loss
 
-    monkeypatch.setattr(train.Run, "schedule_step", stopped)
-    monkeypatch.setattr(train, "pays_to_compile", lambda *args: True)
-    monkeypatch.setattr(train, "compile_loss", compile_loss)
+    monkeypatch.setattr(train, "next_in_schedule", stopped)
+    monkeypatch.setattr("run.pays_to_compile", lambda *args: True)
+    monkeypatch.setattr("run.compile_loss", compile_loss)
     start = command(small, tmp_path / "model", "--max-steps", 4, "--micro-batch-size", 7)[2:]
     assert train.main(start) == 130 and train.main([*start, "--resume"]) == 0
     first, *kinds = shown[0]
@@ -303,42 +313,71 @@ def test_tensorboard_is_asked_for_by_name(small, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: --tensorboard: not installed; pip install tensorboard\n"
 
 
-@pytest.mark.parametrize("flag, value", [("--max-steps", 0), ("--max-minutes", -1), ("--eval-every", 0), ("--micro-batch-size", 0)])
-def test_flags_out_of_range_are_one_line(small, tmp_path, flag, value, capsys):
-    assert train.main([*command(small, tmp_path / "model", flag, value)[2:]]) == 2
-    assert capsys.readouterr().err == f"error: {flag} must be above 0, not {float(value) if 'minutes' in flag else value}\n"
+@pytest.mark.parametrize("flag, value, told", [
+    ("--max-steps", 0, "0"), ("--max-minutes", -1, "-1.0"), ("--max-minutes", "nan", "nan"), ("--eval-every", 0, "0"),
+    ("--micro-batch-size", -1, "-1")])
+def test_flags_out_of_range_are_one_line(small, tmp_path, flag, value, told, capsys):
+    assert train.main(command(small, tmp_path / "model", flag, value)[2:]) == 2
+    assert capsys.readouterr().err == f"error: {flag} must be above 0, not {told}\n"
+
+
+def test_a_full_disk_is_one_line_and_harms_no_checkpoint(small, tmp_path, monkeypatch, capsys):
+    out, at_step_2 = tmp_path / "model", []
+    next_in_schedule = train.next_in_schedule
+
+    def fill(run):
+        if run.step == 2:
+            at_step_2.append((out / "checkpoint.pt").read_bytes())
+            (out / "checkpoint.pt.partial").symlink_to("/dev/full")
+        return next_in_schedule(run)
+
+    monkeypatch.setattr(train, "next_in_schedule", fill)
+    assert train.main(command(small, out, "--checkpoint-every", 0)[2:]) == 1
+    assert capsys.readouterr().err.endswith("error: [Errno 28] No space left on device\n")
+    assert [(out / "checkpoint.pt").read_bytes()] == at_step_2 and not list(out.glob("*.partial"))
+
+
+def test_the_tokenizer_may_already_be_where_the_model_goes(small, tmp_path):
+    for name in ("tokenizer.model", "tokenizer.vocab"):
+        shutil.copy(small / name, tmp_path)
+    start = command(small, tmp_path, "--max-steps", 1, "--tokenizer", tmp_path / "tokenizer.model")[2:]
+    assert train.main(start) == 0 and (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "tokenizer.vocab").read_bytes() == (small / "tokenizer.vocab").read_bytes()
 
 
 # ---------------------------------------------------------------- several processes
 
 
-def assert_near(one: Path, other: Path) -> None:
-    for a, b in zip(without_times(one / "log.jsonl"), without_times(other / "log.jsonl"), strict=True):
-        assert a["step"] == b["step"] and a["n_tokens"] == b["n_tokens"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
-
-
 def test_two_processes_end_where_one_does(finished, small, tmp_path):
     out = tmp_path / "model"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([sys.executable, *torchrun, *command(small, out)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *torchrun, *command(small, out)[1:]], cwd=ROOT, capture_output=True,
+                          text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 1                  # one process alone speaks and writes
     assert json.loads((out / "run.json").read_text())["n_processes"] == 2
     assert_near(finished[0], out)
 
 
+def test_processes_that_do_not_share_the_checkpoint_do_not_go_on(small, tmp_path, monkeypatch, capsys):
+    """Of several nodes without a common --out, one would go on and the others begin anew."""
+    of_another = (False, True, False)                                 # it sees what this process does not
+    monkeypatch.setattr(Ranks, "any", lambda ranks, *are_so: [a or b for a, b in zip(are_so, of_another)])
+    assert train.main(command(small, tmp_path / "model", "--resume")[2:]) == 2
+    assert "not every process sees the checkpoint" in capsys.readouterr().err
+
+
 def signal_second(step: int, number: int, n_times: int = 1) -> None:
     """Have the second process of a run send itself a signal in a step."""
-    schedule_step = train.Run.schedule_step
+    next_in_schedule = train.next_in_schedule
 
     def signalled(run):
         if run.step == step and run.ranks.rank == 1:
             for _ in range(n_times):
                 os.kill(os.getpid(), number)
-        return schedule_step(run)
+        return next_in_schedule(run)
 
-    train.Run.schedule_step = signalled
+    train.next_in_schedule = signalled
 
 
 def killed_at_7() -> None:
@@ -369,7 +408,7 @@ def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, caps
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     log = without_times(out / "log.jsonl")
     assert log == without_times(whole / "log.jsonl")
-    shown = float(re.search(r"20/45 .*loss ([\d.]+),", (logs / "0").read_text())[1])       # of the two steps since the last entry
+    shown = float(re.search(r"20/45 .*loss ([\d.]+),", (logs / "0").read_text())[1])    # of two steps since the last entry
     assert log[3]["step"] == 18 and shown == pytest.approx(log[4]["loss"], abs=0.5)
 
 

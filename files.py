@@ -1,0 +1,24 @@
+"""Files that are whole or not there: written beside their place, then renamed."""
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_beside(path: Path, write: Callable[[Path], object]) -> None:
+    """Have write(partial path) make a file, make sure that it is on the disk, then rename it to its place.
+
+    If that fails, the file that was there before stays as it was, and nothing is left beside it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_beside(path, lambda partial: partial.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8"))
