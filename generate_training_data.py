@@ -1,11 +1,11 @@
-"""Have a large language model write news bulletins, ten a request; a whole corpus is about 100,000 requests.
+"""Have a large language model write news bulletins, ten per request; a whole corpus is about 100,000 requests.
 
 Reads:   vocabulary.json (seed words), few_shot_examples.json; OPENROUTER_API_KEY from the environment or .env.
-Writes:  raw answers, one JSON object a line, in --out/generated.jsonl: appended the moment they arrive, never rewritten;
+Writes:  --out/generated.jsonl: raw answers, one JSON object a line, appended the moment they arrive, never rewritten;
          --out/lost.log: what was, or may have been, paid for answers that never came.
 Run:     python generate_training_data.py --dry-run            # model, price, forecast, one prompt; costs nothing
          python generate_training_data.py --bulletins 10000 --max-cost 1
-         The same command goes on where it stopped, whatever stopped it.
+         The same command goes on from where it stopped, whatever stopped it.
 """
 import argparse
 import math
@@ -27,9 +27,9 @@ from prompts import MAX_TOKENS, N_WORDS, Request, choose_examples, messages_of, 
 from spending import CHARACTERS_PER_TOKEN, Forecast, describe, gentle_stop, lost_costs_noted
 
 DEFAULT_MODEL = "meta-llama/llama-3.1-8b-instruct"
-PROBE = 100                   # requests of the first round, after which the rate of acceptance is known
-HOPELESS = 20                 # so many requests without one accepted bulletin: the model cannot do it
-# What is expected before there are answers to measure.
+PROBE = 100                   # requests of the first round, after which the acceptance rate is known
+HOPELESS = 20                 # after so many requests without one accepted bulletin, the model cannot do it
+# Assumed until there are answers to measure.
 EXPECTED_ACCEPTED, CHARACTERS_PER_BULLETIN = 8.0, 480
 
 
@@ -44,7 +44,7 @@ def all_requests(vocabulary: list[list[str]], seed: int) -> Iterator[Request]:
 
 
 def index_of(key: str, n_per_epoch: int) -> int | None:
-    """Return the place of an answered key among all requests, None if the key is none of ours."""
+    """Return the place of an answered key among all requests, None if it is not one of ours."""
     epoch, _, batch = key.partition("/")
     if not (epoch.isdecimal() and batch.isdecimal() and int(batch) < n_per_epoch):
         return None
@@ -52,7 +52,7 @@ def index_of(key: str, n_per_epoch: int) -> int | None:
 
 
 class Asking:
-    """What the requests of a run are made of: its words, its examples, and the options they all share."""
+    """What the requests of a run are made of: seed words, examples, and the options that they all share."""
 
     def __init__(self, args: argparse.Namespace):
         self.vocabulary = answers.read_vocabulary(args.vocabulary)
@@ -73,8 +73,8 @@ class Asking:
 def size_of_next_round(n_asked: int, accepted: int, wanted: int) -> int:
     """Return how many more requests to ask: no more than are needed, as far as is known.
 
-    Every answer of a round is awaited before the next is decided, and only from what the requests so far brought: a run
-    asks the same requests however often it was stopped.
+    A round is sized once every answer of the one before is there, and from nothing but what the requests so far
+    brought, so that a run asks the same requests however often it was stopped.
     """
     if n_asked == 0:
         return min(PROBE, math.ceil(wanted / N_WORDS))
@@ -88,8 +88,8 @@ def size_of_next_round(n_asked: int, accepted: int, wanted: int) -> int:
 class Tally:
     """Counts what the answers of a folder brought and cost.
 
-    Bulletins are counted in the order of the requests, whatever order their answers come in: `accepted_after[n]` is
-    how many stand after the first n requests. A run that was killed sees the same numbers as one that was not.
+    Bulletins are counted in the order of the requests, whatever order the answers come in: `accepted_after[n]` is the
+    number accepted from the first n requests. A run that was killed sees the same numbers as one that was not.
     """
 
     def __init__(self, n_per_epoch: int, cost_of: Callable[[dict], float | None]):
@@ -98,7 +98,7 @@ class Tally:
         self.accepted_after = array("q", [0])
         self.n_answers = self.n_cut = self.prompt_tokens = self.completion_tokens = 0
         self.cost_usd = 0.0
-        self._early: dict[int, dict | None] = {}           # answers that wait for one before them
+        self._early: dict[int, dict | None] = {}           # answers that came before their turn
 
     def add(self, answer: dict) -> None:
         """Count one answer, of this run or an earlier one."""
@@ -110,12 +110,12 @@ class Tally:
         self.cost_usd += self._cost_of(usage) or 0.0
         index = index_of(answer["key"], self.n_per_epoch)
         if index is None:
-            self.acceptance.add(answer)        # another program's, in the same folder
+            self.acceptance.add(answer)        # from another program, in the same folder
         else:
             self.place(index, answer)
 
     def place(self, index: int, answer: dict | None) -> None:
-        """Count the bulletins of an answer when its turn comes; None if the request was given up."""
+        """Count the bulletins of an answer (None: given up) once those of every request before it are counted."""
         self._early[index] = answer
         while (turn := len(self.accepted_after) - 1) in self._early:
             answer = self._early.pop(turn)
@@ -128,7 +128,7 @@ class Tally:
 
 
 def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
-    """Return a forecast from the answers so far, or from what is expected where there are none."""
+    """Return a forecast from the answers so far, or from assumptions while there are none."""
     accepted, n = tally.acceptance.accepted, tally.n_answers
     n_requests = math.ceil(max(0, wanted - accepted) / (accepted / n if accepted else EXPECTED_ACCEPTED))
     if tally.completion_tokens:
@@ -139,7 +139,7 @@ def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
 
 
 class Progress:
-    """A bar on a terminal, brought up to date at most twice a second."""
+    """A bar on a terminal, updated at most twice a second."""
 
     def __init__(self, client: chat.Client, tally: Tally, wanted: int):
         self._client, self._tally = client, tally
@@ -165,15 +165,15 @@ class Progress:
 
 
 def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
-    """Return the table at the end: what this run did, and what the whole folder holds and has cost."""
+    """Return the final table: what this run did, and what the whole folder holds and has cost."""
     accepted, spent = tally.acceptance.accepted, client.spent_usd
     rows = [("this run", ""),
             ("  answers", f"{client.n_answers:,} in {elapsed_s:.1f} s, "
-                          f"{client.n_answers / max(elapsed_s, 1e-3):.2g} a second"),
+                          f"{client.n_answers / max(elapsed_s, 1e-3):.3g} a second"),
             ("  tokens", f"{client.prompt_tokens:,} in, {client.completion_tokens:,} out"),
             *((f"  failed: {cause}", f"{n:,}") for cause, n in client.failures.most_common()),
             ("all runs", ""),
-            ("  answers", f"{tally.n_answers:,}, of them {tally.n_cut:,} cut at {MAX_TOKENS:,} tokens"),
+            ("  answers", f"{tally.n_answers:,}, {tally.n_cut:,} of them cut at {MAX_TOKENS:,} tokens"),
             ("  tokens", f"{tally.prompt_tokens:,} in, {tally.completion_tokens:,} out"),
             ("  accepted", f"{accepted:,}"),
             *((f"  rejected: {rule}", f"{n:,}") for rule, n in tally.acceptance.rejected.most_common()),
@@ -188,7 +188,7 @@ def summary(client: chat.Client, tally: Tally, elapsed_s: float) -> str:
 
 def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: Asking, tally: Tally,
                    file: answers.AnswerFile) -> None:
-    """Ask round after round until enough bulletins stand, or the client is stopped."""
+    """Ask round after round until enough bulletins are accepted or the client is stopped."""
     requests, n_asked = all_requests(ask.vocabulary, args.seed), 0
     progress = Progress(client, tally, args.bulletins)
     try:
@@ -250,9 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bulletins", type=servers.at_least(int, 1), default=1000, metavar="N",
                         help="accepted bulletins wanted, over all runs on the same --out (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("training_data/raw"), help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the seed words (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="sets the order of the seed words (default: %(default)s)")
     parser.add_argument("--temperature", type=servers.at_least(float, 0), default=0.8, help="default: %(default)s")
-    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show one prompt and what the run would cost, and stop")
     parser.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     parser.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
     servers.add_arguments(parser)

@@ -1,13 +1,13 @@
-"""What the large language model is asked: the instructions, the seed words, the examples, and what is kept of its answer."""
+"""What the large language model is asked (instructions, seed words, examples), and what is kept of its answer."""
 import random
 import time
 from typing import NamedTuple
 
 import chat
 
-N_WORDS = 10                  # seed words, and so bulletins, a request
+N_WORDS = 10                  # seed words, and so bulletins, per request
 N_EXAMPLES = 3
-MAX_TOKENS = 1400             # ten bulletins of up to 140 tokens with their tags; the account is held for all of it
+MAX_TOKENS = 1400             # ten bulletins of up to 140 tokens with their tags; the account must cover all of it
 
 INSTRUCTIONS = """Write short news bulletins. Below is a list of seed words. For each word, in the order of the list, \
 write one bulletin about an event of its own.
@@ -31,23 +31,23 @@ Make the bulletins differ in topic, place and mood: work, weather, animals, mone
 
 
 class Request(NamedTuple):
-    index: int                # over all epochs, in the order of asking
+    index: int                # its place among the requests of all epochs
     key: str
     seed_words: list[str]
 
 
 def choose_examples(request: Request, examples: dict[str, str], seed: int) -> list[str]:
-    """Return the seed words of the examples that a request shows, always the same ones for the same key."""
+    """Return the seed words of the examples that a request shows: for the same key and seed, always the same."""
     rng = random.Random(f"{seed}/{request.key}/examples")
-    drawn = rng.sample(list(examples), min(len(examples), N_EXAMPLES + N_WORDS))       # enough, whatever is left out
+    drawn = rng.sample(list(examples), min(len(examples), N_EXAMPLES + N_WORDS))   # even if all its words are drawn
     return [word for word in drawn if word not in request.seed_words][:N_EXAMPLES]
 
 
 def messages_of(request: Request, shown: list[str], examples: dict[str, str], prefill: bool) -> list[dict]:
-    """Return the messages of a request; what never changes stands first, so that servers can cache it.
+    """Return the messages of a request. What never changes comes first, so that servers can cache it.
 
-    With prefill the examples are the start of the assistant's own answer, which breaks off where the first headline
-    begins. Without, they stand in the user's message.
+    With prefill the examples are the start of the assistant's own answer, which breaks off where the next headline
+    begins. Without it they are part of the user's message.
     """
     shown_text = "\n".join(examples[word] for word in shown)
     if prefill:
@@ -60,11 +60,11 @@ def messages_of(request: Request, shown: list[str], examples: dict[str, str], pr
 
 
 def record_of(request: Request, shown: list[str], examples: dict[str, str], answer: chat.Answer) -> dict:
-    """Return what is kept of an answer. Its text begins with a tag, so that bulletins.py can parse it by itself."""
+    """Return what is kept of an answer. Its text begins with a tag, so that it can be parsed without its request."""
     text = answer.text
     if answer.is_prefilled:
         prefilled = messages_of(request, shown, examples, True)[-1]["content"]
         text = "<h1>" + text[len(prefilled):] if text.startswith(prefilled) else text     # some servers repeat it
         text = text if text.lstrip().startswith("<h1") else "<h1>" + text
-    return {"key": request.key, "seed_words": request.seed_words, "examples": shown, "model": answer.model, "text": text,
-            "finish_reason": answer.finish_reason, "usage": answer.usage, "created": int(time.time())}
+    return {"key": request.key, "seed_words": request.seed_words, "examples": shown, "model": answer.model,
+            "text": text, "finish_reason": answer.finish_reason, "usage": answer.usage, "created": int(time.time())}

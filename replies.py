@@ -1,19 +1,16 @@
-"""What came of one request to a chat server: read_reply() sorts every answer and every error into one of four verdicts.
+"""What came of one request to a chat server: read_reply() gives every answer and every error one of four verdicts.
 
-ANSWERED: there is text. FAILED: another try can heal it. THROTTLED: the same, and the server wants fewer requests.
-FINAL: no try can heal it, and the user must be told what to do.
+ANSWERED: there is text. FAILED: another try may succeed. THROTTLED: the same, and the server wants fewer requests.
+FINAL: no further try will succeed, and the user must be told what to do.
 """
 import json
 import math
-import time
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-import requests
-
 ANSWERED, FAILED, THROTTLED, FINAL = "answered", "failed", "throttled", "final"
-HOPELESS_IN_200 = (401, 402, 403, 404)        # any other error inside a 200 came up after the start: worth another try
+HOPELESS_IN_200 = (401, 402, 403, 404)        # any other error inside a 200 arose after the start: worth another try
 ADVICE = {
     400: "the server cannot read the request; check --model and --provider-json",
     401: "set OPENROUTER_API_KEY (for other servers CHAT_API_KEY) in the environment or in .env",
@@ -28,11 +25,11 @@ class Reply(NamedTuple):
     verdict: str
     cause: str                # what the counts call it: "429", "timeout", "no text"
     status: int = 0           # of HTTP; 0 when none came
-    code: int = 0             # of the error: the status, or what a 200 says inside
+    code: int = 0             # of the error: the status, or what the body of a 200 says
     body: dict = {}
     message: str = ""         # the server's words
     retry_after_s: float = 0.0
-    may_cost: bool = True     # whether it may have been billed although it names no usage
+    may_cost: bool = True     # it may have been billed although it names no usage
 
     @property
     def advice(self) -> str:
@@ -73,7 +70,8 @@ def read_error(status: int, headers: dict, body: dict) -> Reply:
     availability = as_dict(details.get("availability"))
     code = details.get("code") if status == 200 else status
     code = code if isinstance(code, int) else 500
-    is_passing_402 = code == 402 and as_dict(details.get("metadata")).get("limit_source") == "openrouter_in_flight_budget"
+    limit_source = as_dict(details.get("metadata")).get("limit_source")
+    is_passing_402 = code == 402 and limit_source == "openrouter_in_flight_budget"
     if code in (429, 503, 529) or is_passing_402:
         verdict = THROTTLED
     elif code in (408, 425) or code >= 500 or (status == 200 and code not in HOPELESS_IN_200):
@@ -87,7 +85,7 @@ def read_error(status: int, headers: dict, body: dict) -> Reply:
     return Reply(verdict, f"200 with error {code}" if status == 200 else str(code), status, code, body,
                  str(details.get("message") or ""),
                  seconds(headers.get("Retry-After")) or seconds(availability.get("retry_after")),
-                 may_cost=not error and status >= 500)     # a gateway's page tells nothing of what happened behind it
+                 may_cost=not error and status >= 500)     # a gateway's page does not tell what happened behind it
 
 
 def as_dict(value: Any) -> dict:
@@ -100,17 +98,7 @@ def seconds(value: Any) -> float:
         wait = float(value)
     except (TypeError, ValueError):
         try:
-            wait = (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+            wait = (parsedate_to_datetime(str(value)) - datetime.now(timezone.utc)).total_seconds()
         except (TypeError, ValueError):
             return 0.0
     return max(0.0, wait) if math.isfinite(wait) else 0.0
-
-
-def read_within(response: requests.Response, deadline: float) -> bytes:
-    """Read a body whole; a server that sends it drop by drop does not outlast the deadline."""
-    chunks = []
-    while chunk := response.raw.read1(65536, decode_content=True):
-        chunks.append(chunk)
-        if time.monotonic() > deadline:
-            raise requests.Timeout
-    return b"".join(chunks)

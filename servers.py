@@ -1,4 +1,4 @@
-"""Which chat server, which key, which model and at what price: all that is settled before the first request.
+"""Which chat server, which key, which model, at what price: all that is settled before the first request is paid for.
 
 Used by every command that asks a chat server: add_arguments() for its flags, connect() for its client.
 """
@@ -6,14 +6,18 @@ import argparse
 import difflib
 import json
 import os
+import time
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import requests
 from dotenv import dotenv_values
 
 import chat
+from replies import as_dict, read_reply
 
 OPENROUTER = "https://openrouter.ai/api/v1"
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
@@ -25,12 +29,13 @@ class Model:
     prices: chat.Prices | None = None
     context_length: int | None = None
     expires: date | None = None
-    speaks_openrouter: bool = False    # it lists prices, so it knows OpenRouter's options; a strict server would refuse them
+    speaks_openrouter: bool = False    # prices are listed, so OpenRouter's options are known; others may refuse them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every command that asks a chat server."""
-    parser.add_argument("--model", help="model to ask (default: the command's own on OpenRouter, else the only one listed)")
+    parser.add_argument("--model",
+                        help="model to ask (default: on OpenRouter the command's own, else the only one listed)")
     parser.add_argument("--base-url", default=OPENROUTER, help="any OpenAI-compatible server (default: %(default)s)")
     parser.add_argument("--concurrency", type=at_least(int, 1), default=64, metavar="N",
                         help="most requests in flight (default: %(default)s)")
@@ -38,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="hard budget over all runs on the same --out (default: none)")
     parser.add_argument("--price-in", type=at_least(float, 0), metavar="USD",
                         help="price of a million prompt tokens, where the server lists none")
-    parser.add_argument("--price-out", type=at_least(float, 0), metavar="USD", help="the same of completion tokens")
+    parser.add_argument("--price-out", type=at_least(float, 0), metavar="USD", help="the same for completion tokens")
     parser.add_argument("--provider-json", type=json_object, default={}, metavar="JSON",
                         help="OpenRouter's provider options, such as '{\"sort\": \"price\"}'")
     parser.add_argument("--allow-undistillable", action="store_true",
@@ -46,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=at_least(float, 0.1), default=120, metavar="S",
                         help="longest wait for one answer, in seconds (default: %(default)s)")
     parser.add_argument("--patience", type=at_least(float, 0.1), default=300, metavar="S",
-                        help="stop when nothing was answered for so many seconds (default: %(default)s)")
+                        help="stop when nothing has been answered for so many seconds (default: %(default)s)")
 
 
 def at_least(kind: type, least: float):
-    """Return an argparse type: a number of a kind, not below `least`."""
+    """Return an argparse type: a finite number of this kind, not below `least`."""
     def number(text: str):
         value = kind(text)
         if not least <= value < float("inf"):
@@ -73,27 +78,56 @@ def json_object(text: str) -> dict:
 def connect(args: argparse.Namespace, default_model: str) -> tuple[chat.Client, Model]:
     """Return a client and the model it is to ask; nothing has been paid for yet.
 
-    Raises ValueError for a model that the server does not list or has withdrawn, and for a budget without prices.
+    Raises ValueError for a model that the server does not list or will soon withdraw, for a budget without prices, and
+    for a missing key; chat.Stopped when the server cannot be reached.
     """
     base_url = args.base_url.rstrip("/")
     if urlsplit(base_url).scheme not in ("http", "https") or "@" in urlsplit(base_url).netloc:
         raise ValueError(f"--base-url {args.base_url}: expected http(s)://host/path, and the key in the environment")
     client = chat.Client(base_url, key=find_key(base_url), concurrency=args.concurrency, timeout_s=args.timeout,
                          patience_s=args.patience, max_cost=args.max_cost)
-    model = find_model(client.get("/models"), args.model, default_model, base_url)
+    model = find_model(get(client, "/models"), args.model, default_model, base_url)
     client.prices = prices_of(args, model)
     if args.max_cost is not None and client.prices is None:
         raise ValueError(f"--max-cost: {base_url} lists no price for {model.id}; add --price-in and --price-out "
                          "(0 for a server of your own)")
     if is_openrouter(base_url) and not client.key and not getattr(args, "dry_run", False):
-        raise ValueError("no API key: set OPENROUTER_API_KEY in the environment or in .env (https://openrouter.ai/keys)")
+        raise ValueError("no API key: set OPENROUTER_API_KEY in the environment or in .env "
+                         "(get one at https://openrouter.ai/keys)")
     return client, model
+
+
+def get(client: chat.Client, path: str) -> Any:
+    """Return the JSON of GET path, None if the server knows no such path.
+
+    Raises chat.Refused when the key is not taken, chat.Stopped when the server cannot be reached.
+    """
+    trouble = ""
+    for n_tries in range(4):
+        time.sleep(2 ** n_tries / 4 if n_tries else 0)
+        try:
+            response = client.transport.get(path)
+        except requests.RequestException as error:
+            trouble = type(error).__name__
+            continue
+        if response.status_code == 401:
+            raise client.refusal(read_reply(401, response.headers, response.content))
+        if response.status_code == 200:
+            try:
+                return response.json()
+            except ValueError:
+                trouble = "the answer is not JSON"
+                continue
+        if response.status_code < 500 and response.status_code != 429:
+            return None
+        trouble = f"status {response.status_code}"
+    raise chat.Stopped(f"{client.base_url}{path}: no answer ({trouble}); is the server running and --base-url right?")
 
 
 def find_key(base_url: str, dotenv: Path = Path(".env")) -> str:
     """Return the API key from the environment or .env, "" if there is none.
 
-    CHAT_API_KEY goes to whatever server is named; OPENROUTER_API_KEY to OpenRouter only, or a proxy on this machine.
+    CHAT_API_KEY goes to whatever server is named; OPENROUTER_API_KEY only to OpenRouter, or to a proxy on this machine.
     """
     stored = {**dotenv_values(dotenv), **os.environ}
     names = ["CHAT_API_KEY"]
@@ -101,21 +135,24 @@ def find_key(base_url: str, dotenv: Path = Path(".env")) -> str:
         names.insert(0, "OPENROUTER_API_KEY")
     for name in names:
         if key := (stored.get(name) or "").strip():
-            if not all("!" <= character <= "~" for character in key):     # never quoted: requests would do so
+            if not all("!" <= character <= "~" for character in key):     # requests would raise too, and quote it
                 raise ValueError(f"{name}: not an API key; it holds characters that no key has")
             return key
     return ""
 
 
 def key_left_usd(client: chat.Client, model: Model) -> float | None:
-    """Return what OpenRouter lets the key still spend, None if that is unlimited or unknown; raise Refused for a bad key."""
+    """Return what OpenRouter still lets the key spend, None if that is unlimited or unknown.
+
+    Raises chat.Refused for a bad key.
+    """
     if not client.key or not model.speaks_openrouter:
         return None
     try:
-        page = client.get("/key")
+        page = get(client, "/key")
     except chat.Stopped:
-        return None                            # good to know, but the run can do without
-    left = page["data"].get("limit_remaining") if isinstance(page, dict) and isinstance(page.get("data"), dict) else None
+        return None                            # good to know, but the run can do without it
+    left = as_dict(as_dict(page).get("data")).get("limit_remaining")
     return float(left) if chat.is_amount(left) else None
 
 
@@ -127,10 +164,11 @@ def is_openrouter(base_url: str) -> bool:
 def find_model(listing: object, wanted: str | None, default: str, base_url: str) -> Model:
     """Return the model that is wanted; raise ValueError if the server's list does not hold it or it has expired.
 
-    `listing` is what /models gave, None where the server has no such page; then any name is taken at its word.
+    `listing` is what GET /models gave, None where the server has no such page; then any name is taken on trust.
     """
-    cards = listing.get("data") if isinstance(listing, dict) else None
-    cards = {card["id"]: card for card in cards or [] if isinstance(card, dict) and isinstance(card.get("id"), str)}
+    listed = as_dict(listing).get("data")
+    cards = {card["id"]: card for card in (listed if isinstance(listed, list) else [])
+             if isinstance(card, dict) and isinstance(card.get("id"), str)}
     if wanted is None and (default in cards or is_openrouter(base_url)):
         wanted = default
     if wanted is None and len(cards) == 1:
@@ -146,11 +184,9 @@ def find_model(listing: object, wanted: str | None, default: str, base_url: str)
     expires = date_of(card.get("expiration_date"))
     if expires is not None and expires <= datetime.now(timezone.utc).date() + timedelta(days=1):
         raise ValueError(f"--model {wanted}: {base_url} withdraws it on {expires}; choose another")
-    pricing = card.get("pricing") if isinstance(card.get("pricing"), dict) else None
-    meta = card.get("meta") if isinstance(card.get("meta"), dict) else {}
-    length = card.get("context_length", meta.get("n_ctx"))             # OpenRouter's name for it, and llama.cpp's
-    return Model(wanted, listed_prices(pricing or {}), length if isinstance(length, int) else None, expires,
-                 pricing is not None)
+    length = card.get("context_length", as_dict(card.get("meta")).get("n_ctx"))    # OpenRouter's name, and llama.cpp's
+    return Model(wanted, listed_prices(as_dict(card.get("pricing"))), length if isinstance(length, int) else None,
+                 expires, speaks_openrouter=isinstance(card.get("pricing"), dict))
 
 
 def listed_prices(pricing: dict) -> chat.Prices | None:
@@ -165,8 +201,8 @@ def listed_prices(pricing: dict) -> chat.Prices | None:
 def check_room(model: Model, n_tokens: float) -> None:
     """Raise ValueError if a request and its answer do not fit into the model's context."""
     if model.context_length is not None and n_tokens > model.context_length:
-        raise ValueError(f"--model {model.id}: its context of {model.context_length:,} tokens is too small for a request "
-                         f"of about {n_tokens:,.0f}")
+        raise ValueError(f"--model {model.id}: its context of {model.context_length:,} tokens is too small for a "
+                         f"request and its answer, about {n_tokens:,.0f} in all")
 
 
 def date_of(text: object) -> date | None:
@@ -177,7 +213,7 @@ def date_of(text: object) -> date | None:
 
 
 def prices_of(args: argparse.Namespace, model: Model) -> chat.Prices | None:
-    """Return what to count with: the user's prices, or the dearest provider's that the options admit, or the listed."""
+    """Return what to count with: the user's prices, else the highest that the options admit, else those listed."""
     if (args.price_in is None) != (args.price_out is None):
         raise ValueError("--price-in and --price-out: give both or none")
     if args.price_in is not None:
@@ -189,11 +225,11 @@ def prices_of(args: argparse.Namespace, model: Model) -> chat.Prices | None:
 
 
 def options(args: argparse.Namespace, model: Model, prices: chat.Prices | None) -> dict:
-    """Return what goes into every request besides its messages: the model and, for OpenRouter, its options."""
+    """Return the model and, for OpenRouter, the options that go into every request."""
     if not model.speaks_openrouter:
         return {"model": model.id, **({"provider": args.provider_json} if args.provider_json else {})}
     provider = {"enforce_distillable_text": not args.allow_undistillable}
-    if args.max_cost is not None and prices is not None:      # no provider dearer than what the budget counts with
-        provider["max_price"] = {"prompt": round(prices.prompt * 1e6, 6), "completion": round(prices.completion * 1e6, 6)}
-    return {"model": model.id,
-            "plugins": [{"id": "context-compression", "enabled": False}], "provider": {**provider, **args.provider_json}}
+    if args.max_cost is not None and prices is not None:      # no provider dearer than the budget assumes
+        provider["max_price"] = {name: round(price * 1e6, 6) for name, price in prices._asdict().items()}
+    return {"model": model.id, "plugins": [{"id": "context-compression", "enabled": False}],
+            "provider": {**provider, **args.provider_json}}

@@ -1,4 +1,4 @@
-"""What every run that pays for answers says before, keeps account of while it lasts, and does when it is stopped."""
+"""What every run that pays for answers forecasts, keeps account of, and does when it is stopped."""
 import math
 import os
 import signal
@@ -11,22 +11,22 @@ import answers
 import chat
 import servers
 
-EXPECTED_LATENCY_S, CHARACTERS_PER_TOKEN = 10.0, 4.2       # what is expected before there are answers to measure
+EXPECTED_LATENCY_S, CHARACTERS_PER_TOKEN = 10.0, 4.2       # assumed until there are answers to measure
 
 
 class Forecast(NamedTuple):
-    """What the answers still missing will take."""
+    """What the answers that are still missing will take."""
     n_requests: int
     prompt_tokens: float
     completion_tokens: float
 
     def cost_usd(self, prices: chat.Prices) -> float:
-        return self.prompt_tokens * prices.prompt + self.completion_tokens * prices.completion
+        return prices.cost_usd(self.prompt_tokens, self.completion_tokens)
 
 
 def describe(expected: Forecast, model: servers.Model, client: chat.Client, so_far: str,
              key_left_usd: float | None) -> str:
-    """Return the lines that a user reads before the first request is paid for."""
+    """Return what a user reads before the first request is paid for."""
     price, cost = "no price known", "cost unknown"
     if client.prices is not None:
         price = f"${client.prices.prompt * 1e6:g} in, ${client.prices.completion * 1e6:g} out, per million tokens"
@@ -38,7 +38,8 @@ def describe(expected: Forecast, model: servers.Model, client: chat.Client, so_f
              f"{expected.completion_tokens:,.0f} out, {cost}, about {minutes} min",
              f"          (at {client.concurrency} in flight and {EXPECTED_LATENCY_S:g} s an answer)"]
     if client.max_cost is not None:
-        lines.append(f"budget    ${client.max_cost:g}, of which ${max(0.0, client.max_cost - client.spent_usd):.4f} is left")
+        left_usd = max(0.0, client.max_cost - client.spent_usd)
+        lines.append(f"budget    ${client.max_cost:g}, of which ${left_usd:.4f} is left")
     if key_left_usd is not None:
         lines.append(f"key       may still spend ${key_left_usd:.4f}")
     if model.expires is not None:
@@ -48,9 +49,9 @@ def describe(expected: Forecast, model: servers.Model, client: chat.Client, so_f
 
 @contextmanager
 def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
-    """Let a first Ctrl-C or SIGTERM stop the client, which awaits what is in flight; a second one does not wait.
+    """Let a first Ctrl-C or SIGTERM stop the client, which waits for what is in flight; a second one does not wait.
 
-    Yields the list of the signals received.
+    Yields the list of signals received, which grows as they come.
     """
     received = []
 
@@ -59,7 +60,7 @@ def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
         if len(received) > 1:
             raise KeyboardInterrupt("what was in flight is lost; the same command goes on from here")
         client.stop()
-        # Not print(): the signal may have come in the middle of another.
+        # Not print(), which the signal may have interrupted.
         os.write(2, f"\nwaiting for {client.n_in_flight} answers in flight; once more to leave them\n".encode())
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -72,9 +73,9 @@ def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
 
 @contextmanager
 def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Iterator[None]:
-    """Keep the account of what is paid for nothing, so that a budget holds over runs that were killed.
+    """Keep account of what is paid for nothing, so that a budget holds even over runs that are killed.
 
-    What may be in flight at the worst is written down before the first request and taken back when all have arrived.
+    The most that can be in flight is charged before the first request and taken back when every answer has arrived.
     """
     at_risk = client.concurrency * worst_usd
     if client.max_cost is not None:
@@ -89,6 +90,6 @@ def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Itera
     except (ValueError, chat.Stopped):
         has_ended = True
         raise
-    finally:                                   # after anything else, such as a full disk, an answer may be lost
+    finally:                                   # after any other exception (a full disk) an answer may have been lost
         if at_risk and has_ended and client.n_in_flight == 0:
             answers.note_lost(path, -at_risk, "all arrived")

@@ -28,7 +28,8 @@ def short_waits(monkeypatch):
 
 def body_of(job: int, prefill: bool) -> dict:
     messages = [{"role": "user", "content": f"Seed words: w{job}, " + ", ".join("abcdefghijkl")}]
-    return {"model": MODEL, "max_tokens": 1400, "messages": messages + [{"role": "assistant", "content": "<h1>"}] * prefill}
+    messages += [{"role": "assistant", "content": "<h1>"}] * prefill
+    return {"model": MODEL, "max_tokens": 1400, "messages": messages}
 
 
 def ask(client: chat.Client, n_jobs: int) -> dict[int, chat.Answer | None]:
@@ -78,7 +79,7 @@ def test_nothing_answered_for_long_stops_with_the_causes_counted():
         client = chat.Client(server.url, patience_s=0.5)
         with pytest.raises(chat.Stopped, match=r"nothing answered for .*50[03] x\d+, 50[03] x\d"):
             ask(client, 1000)
-    assert 5 <= server.n_requests < 40                              # one request waits ever longer; the others keep still
+    assert 5 <= server.n_requests < 40              # one request waits longer and longer; the others are not sent
 
 
 def test_a_server_that_is_not_there():
@@ -96,6 +97,17 @@ def test_a_long_compressed_answer_is_read_whole():
     with ChatServer(text_of=lambda body: text) as server:
         server.compresses = True
         assert {answer.text for answer in ask(chat.Client(server.url), 3).values()} == {text}
+
+
+def test_half_an_emoji_does_not_lose_an_answer():
+    with ChatServer(text_of=lambda body: "A storm \ud83d") as server:
+        assert ask(chat.Client(server.url), 1)[0].text == "A storm \ufffd"
+
+
+def test_one_failed_request_is_not_put_off_beyond_our_patience():
+    client = chat.Client("http://x", patience_s=5)
+    client._settle(chat.Attempt(0, sent_at=time.monotonic()), replies.read_reply(500, {"Retry-After": "86400"}, b"{}"))
+    assert client._waiting[0][0] - time.monotonic() <= 5 and not client.is_stopping
 
 
 # ---------------------------------------------------------------- what cannot
@@ -161,7 +173,12 @@ def test_replies(status, content, headers, expected):
 
 def test_retry_after_may_be_a_date():
     assert 8 < replies.seconds(formatdate(time.time() + 10, usegmt=True)) <= 10
-    assert replies.seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0 == replies.seconds(None) == replies.seconds("nan")
+    assert replies.seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+@pytest.mark.parametrize("value", [None, "nan", "soon", ["soon"], {"seconds": 5}])
+def test_a_retry_after_that_is_no_time_counts_as_none(value):
+    assert replies.seconds(value) == 0
 
 
 # ---------------------------------------------------------------- concurrency
@@ -179,11 +196,9 @@ def test_a_burst_of_429_halves_once():
         client = chat.Client(server.url)
     client.limit, now = 64.0, time.monotonic()
     burst = [chat.Attempt(n, sent_at=now) for n in range(64)]
-    client.n_in_flight = 64
     for attempt in burst:
         client._settle(attempt, replies.read_reply(429, {}, b'{"error": {}}'))
     assert client.limit == 32
-    client.n_in_flight = 1
     client._settle(chat.Attempt(0, sent_at=time.monotonic()), replies.read_reply(503, {}, b'{"error": {}}'))
     assert client.limit == 16                                       # sent after the cut: a new burst
 
@@ -266,9 +281,20 @@ def test_a_bill_higher_than_the_list_is_believed():
     assert server.billed_usd <= 0.01 + 1e-9
 
 
-@pytest.mark.parametrize("usage, expected", [({"cost": 0.5}, 0.5), ({"prompt_tokens": 2, "completion_tokens": 3}, 2 + 15),
-                                             ({"cost": None, "prompt_tokens": 1, "completion_tokens": 1}, 6),
-                                             ({"prompt_tokens": 2}, None), ({}, None), ({"cost": True}, None)])
+def test_many_dear_bills_at_once_are_believed_once():
+    body = body_of(0, False)
+    client = chat.Client("http://x", prices=PRICES)
+    worst_usd = client.worst_cost(body)
+    for n in range(64):                                             # all sent before the first bill came
+        reply = replies.Reply(replies.FAILED, "no text", 200, body={"usage": {"cost": 3 * worst_usd}})
+        client._settle(chat.Attempt(n, worst_usd=worst_usd), reply)
+    assert client.worst_cost(body) == pytest.approx(3 * worst_usd)
+
+
+@pytest.mark.parametrize("usage, expected", [
+    ({"cost": 0.5}, 0.5), ({"prompt_tokens": 2, "completion_tokens": 3}, 2 + 15),
+    ({"cost": None, "prompt_tokens": 1, "completion_tokens": 1}, 6),
+    ({"prompt_tokens": 2}, None), ({}, None), ({"cost": True}, None)])
 def test_cost_of_a_usage(usage, expected):
     assert chat.Client("http://x", prices=chat.Prices(1.0, 5.0)).cost_of(usage) == expected
     assert chat.Client("http://x").cost_of({"prompt_tokens": 2, "completion_tokens": 3}) is None
@@ -346,7 +372,8 @@ def test_what_a_key_may_still_spend():
 
 
 def test_models_of_servers_that_list_little():
-    assert servers.find_model(None, "any", "d", "http://localhost") == servers.Model("any")
+    for listing in (None, [], {"data": 5}, {"data": [None, {"id": 7}]}):
+        assert servers.find_model(listing, "any", "d", "http://localhost") == servers.Model("any")
     assert servers.find_model({"data": [{"id": "m.gguf"}]}, None, "d", "http://localhost") == servers.Model("m.gguf")
     assert servers.find_model({"data": [CARD, {"id": "d"}]}, None, "d", "http://localhost").id == "d"
     with pytest.raises(ValueError, match="name one"):
@@ -371,4 +398,4 @@ def test_memory_is_flat_over_100_000_requests():
                 sizes.append(megabytes())
     print(f"megabytes after 10,000, 20,000 ... requests: {[round(size, 1) for size in sizes]}")
     assert seen == {False: 100_000} and len(sizes) == 10
-    assert sizes[-1] - sizes[0] < 5                                 # 90,000 requests later; 50 bytes a request would show
+    assert sizes[-1] - sizes[0] < 5                                 # 50 bytes a request would show over 90,000 of them
