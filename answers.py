@@ -1,21 +1,23 @@
 """Raw answers on disk: which requests an epoch holds, which are answered, and how an answer is kept for good.
 
-A folder of raw answers holds append-only JSONL files, one object a line per answered request. They are the only
-truth about what was asked and answered: nothing is rewritten, a torn last line is dropped on the next start, and a
-key that is present is never asked again. What was paid for answers that never came stands beside them (note_lost).
+A folder of raw answers holds append-only JSONL files, one line per answered request. They are the only record of what
+was asked and answered: nothing is rewritten, a torn last line is dropped on the next start, and a key that is present
+is never asked again. What was paid for answers that never came is noted beside them (note_lost).
 """
 import hashlib
 import json
 import lzma
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cli
 
-SEED_WORDS = "seed_words"     # the field that says what was asked; files of other commands have one of their own
+SEED_WORDS = "seed_words"     # the field that says what was asked; other commands have a field of their own
+EXAMPLE = re.compile(r"<h1>(.+)</h1><p>(.+)</p>")         # headline, story
 
 
 def read_vocabulary(path: Path) -> list[list[str]]:
@@ -31,13 +33,16 @@ def read_vocabulary(path: Path) -> list[list[str]]:
 def read_examples(path: Path) -> dict[str, str]:
     """Return {seed word: "<h1>Headline</h1><p>Story</p>"}; raise ValueError if the file holds anything else."""
     examples = read_json(path)
-    if not isinstance(examples, dict) or not examples or not all(isinstance(text, str) for text in examples.values()):
-        raise ValueError(f"{path}: expected an object of seed word: \"<h1>Headline</h1><p>Story</p>\"")
+    if not isinstance(examples, dict) or not examples:
+        raise ValueError(f"{path}: expected an object of seed words and their examples")
+    for word, text in examples.items():
+        if not isinstance(text, str) or not EXAMPLE.fullmatch(text):
+            raise ValueError(f"{path}: {json.dumps(word)}: expected \"<h1>Headline</h1><p>Story</p>\", on one line")
     return examples
 
 
 def read_json(path: Path):
-    """Read a JSON file; raise FileNotFoundError or ValueError in words that name it."""
+    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -46,11 +51,12 @@ def read_json(path: Path):
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int, n_words: int) -> Iterator[tuple[str, list[str]]]:
+def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int,
+                      n_words: int) -> Iterator[tuple[str, list[str]]]:
     """Yield (key, seed words) for every request of an epoch: one form of each list, in an order of the epoch's own.
 
-    The same vocabulary, epoch, seed and n_words give the same requests on any machine, which is what makes the key
-    "epoch/batch" enough to know what was asked.
+    The same vocabulary, epoch, seed and n_words give the same requests on any machine, so that the key "epoch/batch"
+    is enough to tell what was asked.
     """
     rng = random.Random(f"{seed}/{epoch}")
     words = [rng.choice(forms) for forms in vocabulary]
@@ -62,8 +68,8 @@ def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int, n_word
 def answer_files(folder: Path) -> list[Path]:
     """Return the files of raw answers in a folder, *.jsonl and *.jsonl.xz, in the order of their names.
 
-    ".xz" does not count, and "-" comes before ".": a file keeps its place when it is compressed, and when it is put away
-    as offline-000.jsonl.xz, say, before an offline.jsonl that is begun anew.
+    ".xz" does not count, and "-" sorts before ".": a file keeps its place when it is compressed, and also when it is
+    put away as offline-000.jsonl.xz, say, and a new offline.jsonl is begun.
     """
     paths = [*folder.glob("*.jsonl"), *folder.glob("*.jsonl.xz")]
     return sorted(paths, key=lambda path: (path.name.removesuffix(".xz"), path.name))
@@ -72,16 +78,19 @@ def answer_files(folder: Path) -> list[Path]:
 def read_answers(folder: Path, asked: str = SEED_WORDS) -> Iterator[dict]:
     """Yield every answer of the files of raw answers in a folder, in their order.
 
-    A torn last line (a process killed while it wrote) is passed over, as the writer will drop it; any other broken
-    line raises ValueError with its file and number.
+    A torn last line (a process was killed while writing it) is passed over, since the writer will drop it.
+    Raises ValueError for any other broken line, with its file and number, and for a file that is not whole xz.
     """
     for path in answer_files(folder):
-        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                if line.strip():
-                    yield parse_answer(line, f"{path}:{number}", asked)
+        try:
+            with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):
+                        break
+                    if line.strip():
+                        yield parse_answer(line, f"{path}:{number}", asked)
+        except (lzma.LZMAError, EOFError) as error:
+            raise ValueError(f"{path}: not a whole xz file ({error})") from None
 
 
 def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
@@ -97,17 +106,17 @@ def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
 
 
 def digest_of(asked: list[str]) -> int:
-    """Return 8 bytes that stand for what was asked: a million requests are remembered in little memory."""
+    """Return 8 bytes that stand for what was asked, so that a million requests are remembered in little memory."""
     return int.from_bytes(hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).digest())
 
 
 class AnswerFile:
-    """One append-only file of raw answers, locked against a second writer, its torn last line repaired.
+    """An append-only file of raw answers, locked against a second writer, a torn last line dropped.
 
-    Use as a context manager. On entering it reads every answer of the folder, so that is_answered() can tell which
-    requests are still open, and hands each to `on_earlier`, so that a caller can count them without a second pass.
+    Use as a context manager. Entering reads every answer of the folder, so that is_answered() can tell which requests
+    are still open, and hands each to `on_earlier`, so that a caller can count them without a second pass.
     `asked` names the field of an answer that holds what was asked.
-    Raises ValueError if another process holds the folder or a line is broken.
+    Entering raises ValueError if another process holds the folder or a line is broken.
     """
 
     def __init__(self, path: Path, on_earlier: Callable[[dict], None] = lambda answer: None,
@@ -141,7 +150,7 @@ class AnswerFile:
         with self.path.open("rb+") as file:
             size = file.seek(0, os.SEEK_END)
             end = size
-            while end > 0:                     # find the last newline, in blocks: a line may be long, a file huge
+            while end > 0:                     # find the last newline block by block: a line may be long, a file huge
                 start = max(0, end - 65536)
                 file.seek(start)
                 newline = file.read(end - start).rfind(b"\n")
@@ -153,7 +162,7 @@ class AnswerFile:
                 file.truncate(end)
 
     def is_answered(self, key: str, asked: list[str]) -> bool:
-        """Tell whether a request was answered; raise ValueError if something else was asked under its key."""
+        """Tell whether a request has been answered; raise ValueError if something else was asked under its key."""
         answered = self._asked.get(key)
         if answered is not None and answered != digest_of(asked):
             raise ValueError(f"{self.path.parent}: request {key} was asked with other words: this folder was "
@@ -163,8 +172,8 @@ class AnswerFile:
     def append(self, answer: dict) -> None:
         """Add one answer and hand it to the operating system before returning.
 
-        The line is written whole or not at all: when the disk is full, or the program is told to stop in between,
-        what was written of it is taken back and the exception goes on.
+        The line is written whole or not at all: if the disk is full, or the program is told to stop halfway, what was
+        written of it is taken back before the exception goes on.
         """
         line = json.dumps(answer, ensure_ascii=False).encode() + b"\n"
         start = self._file.seek(0, os.SEEK_END)
@@ -188,12 +197,12 @@ def read_lost(path: Path) -> float:
         try:
             total += json.loads(line)["usd"]
         except (ValueError, KeyError, TypeError):
-            continue                           # torn by a kill; the line that its run began with stands for it
+            continue                           # torn by a kill; the charge at the start of that run covers it
     return total
 
 
 def note_lost(path: Path, usd: float, cause: str) -> None:
-    """Add a line to a file of lost costs. The newline comes first, so that a torn line spoils no other."""
+    """Add a line to a file of lost costs. The newline comes first, so that a torn line does not spoil the next."""
     line = json.dumps({"usd": usd, "cause": cause, "created": int(time.time())})
     with path.open("ab", buffering=0) as file:
         file.write(f"\n{line}".encode())

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import cli
 
 SEPARATOR = "</h>"
-MIN_SCORE = -6.2              # lowest mean log-probability a token, in nats, where the answer carries a score
+MIN_SCORE = -6.2              # lowest mean log-probability per token, in nats, where the answer carries a score
 STOP_WORDS = frozenset("""
     all and any are but can did few for had has her him his how its may new not now off one our out own saw say says she
     six ten the too two was way who why yet you
@@ -37,7 +37,7 @@ class Bulletin(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What became of one bulletin: `rule` is the rule it broke, None if it stands."""
+    """What became of one bulletin: `rule` is the rule that it broke, None if it stands."""
     bulletin: Bulletin
     rule: str | None
     key: str
@@ -48,12 +48,13 @@ class Verdict(NamedTuple):
 OPENING = re.compile(r"<\s*h\s*[1-6]\b[^<>]*>", re.IGNORECASE)
 UNOPENED = re.compile(r"(\A|<\s*/\s*p\s*>)\s*([^<>\n]+<\s*/\s*h?\s*[1-6]\s*>)", re.IGNORECASE)
 UNSLASHED = re.compile(r"(<\s*h\s*1\s*>[^<>]+)<\s*h\s*1\s*>(?=\s*<\s*p\b)", re.IGNORECASE)
-HEADLINE = re.compile(r"\s*(?P<headline>.*?)\s*(?:<\s*/?\s*h?\s*[1-6]?\s*>|(?=<\s*p\b)|\n)(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
+HEADLINE = re.compile(r"\s*(?P<headline>.*?)\s*(?:<\s*/?\s*h?\s*[1-6]?\s*>|(?=<\s*p\b)|\n)(?P<rest>.*)",
+                      re.IGNORECASE | re.DOTALL)
 STORY = re.compile(r"""
-    (?: (?: (?! <\s*/ ) . )*? <\s*p\b[^<>]*> )?         # what stands before the first <p>, where there is one
+    (?: (?: (?! <\s*/ ) . )*? <\s*p\b[^<>]*> )?         # what comes before the first <p>, if there is one
     (?P<story> .*? )
     (?: <\s*/\s*p\b[^<>]*(?:>|\Z) (?! \s*<\s*p\b )      # ends at a </p> that no <p> follows,
-      | <\s*/ (?! \s*(?:p|b|i|em|strong)\b )            # at any other closing tag that is not about type,
+      | <\s*/ (?! \s*(?:p|b|i|em|strong)\b )            # at any other closing tag that does not set type,
       | \n\n (?! \s*<\s*p\b | [^<>\n]+<\s*/\s*p\b )     # at an empty line with no more of the story after it
       | \Z )""", re.IGNORECASE | re.DOTALL | re.VERBOSE)
 STRAY_TAG = re.compile(r"</?\s*(?:h\s*[1-6]|1|p|b|i|em|strong|br|html|body|div)\b\s*/?>", re.IGNORECASE)
@@ -62,17 +63,18 @@ ASCII_PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', 
 
 
 def parse(text: str) -> list[Bulletin]:
-    """Return the bulletins of an answer, as they stand in it, however badly its tags are closed.
+    """Return the bulletins of an answer, in their order, however badly its tags are closed.
 
-    An answer is a row of `<h1>headline</h1><p>story</p>`; what is seen of it in the wild: unclosed tags, `</1>`,
-    several paragraphs, tags in capitals, no `<p>`, notes before the first and after the last bulletin, a start inside
-    a headline. A story ends where something else begins, so that no note and no other story is taken into it.
+    An answer should be a row of `<h1>headline</h1><p>story</p>`. In the wild it has unclosed tags, `</1>`, several
+    paragraphs, tags in capitals, no `<p>`, notes before the first and after the last bulletin, or begins inside a
+    headline. A story ends where something else begins, so that it takes in no note and no other story.
     A headline without a story is kept, so that the rules can count it.
 
     >>> parse("Sure! <h1>Cat found</1> <p>It sat. It purred.</p> Note: two sentences.")
     [Bulletin(headline='Cat found', story='It sat. It purred.')]
     """
-    text = re.sub(r"\n{2,}", "\n\n", re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", text)))   # no long runs: linear time
+    text = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", text))
+    text = re.sub(r"\n{2,}", "\n\n", text)                # no long runs of space, so that the patterns take linear time
     text = UNSLASHED.sub(r"\1</h1>", UNOPENED.sub(r"\1<h1>\2", text))
     bulletins = []
     for part in OPENING.split(text)[1:]:
@@ -83,7 +85,7 @@ def parse(text: str) -> list[Bulletin]:
 
 
 def tidy(text: str) -> str:
-    """Return text without stray tags, entities, typographic punctuation and runs of space."""
+    """Return text without stray tags and runs of space, its entities and typographic punctuation made plain."""
     text = html.unescape(STRAY_TAG.sub(" ", text)).translate(ASCII_PUNCTUATION)
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
@@ -108,7 +110,7 @@ def repeats_itself(story: str) -> bool:
     return len(set(runs)) < len(runs) or DOUBLED.search(story.lower()) is not None
 
 
-# A rule's name, and whether a bulletin breaks it. The first rule broken is the one that is counted.
+# Each rule's name, and whether a bulletin breaks it. The first rule broken is the one that is counted.
 RULES = {
     "no_story": lambda b: not b.story,
     "headline_length": lambda b: not 16 <= len(b.headline) <= 80,
@@ -124,12 +126,12 @@ RULES = {
 
 
 def broken_rule(bulletin: Bulletin) -> str | None:
-    """Return the name of the first rule that a bulletin breaks by itself, or None."""
+    """Return the name of the first rule that a bulletin breaks, taken by itself, or None."""
     return next((name for name, breaks in RULES.items() if breaks(bulletin)), None)
 
 
 def judge_answer(answer: dict) -> list[Verdict]:
-    """Parse one raw answer and return the verdict on each of its bulletins, repeats aside."""
+    """Parse one raw answer and return the verdict on each of its bulletins, repeats not considered."""
     verdicts = []
     for bulletin in parse(answer["text"]):
         rule = broken_rule(bulletin)
@@ -142,8 +144,8 @@ def judge_answer(answer: dict) -> list[Verdict]:
 class Acceptance:
     """Counts the bulletins of answers as they come: how many stand, and how many fell to which rule.
 
-    `accepted` is what the programs that generate mean by a number of bulletins; exact repeats (same headline or same
-    story) count as fallen. Near-duplicates are looked for once, when the corpus is cleaned.
+    `accepted` is what --bulletins of the generating programs counts. Exact repeats (same headline or same story) fall;
+    near-duplicates are only looked for when the corpus is cleaned.
     """
 
     def __init__(self):
@@ -162,7 +164,7 @@ class Acceptance:
         return verdicts
 
     def unless_repeated(self, verdict: Verdict) -> Verdict:
-        """Return the verdict, turned to "repeated" if its headline or story stood before; remember both if not."""
+        """Return the verdict, turned into "repeated" if its headline or story is known; remember both if not."""
         if verdict.rule is not None:
             return verdict
         if not self._seen.isdisjoint(digests_of(verdict.bulletin)):
@@ -175,8 +177,9 @@ class Acceptance:
 
 
 def digests_of(bulletin: Bulletin) -> tuple[bytes, ...]:
-    """Return 12 bytes each that stand for headline and story, upper and lower case being the same."""
-    return tuple(hashlib.blake2b(text.lower().encode(), digest_size=12).digest() for text in bulletin)
+    """Return 12 bytes for the headline and 12 for the story, the same for upper and lower case."""
+    return tuple(hashlib.blake2b(text.lower().encode(errors="surrogatepass"), digest_size=12).digest()
+                 for text in bulletin)
 
 
 # ---------------------------------------------------------------- corpus
@@ -210,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--shards must be at least 1, not {args.shards}")
         from cleaning import publish, write_corpus        # here, as cleaning builds on this module
         report = write_corpus(args.raw, args.out, args.jobs)
-        print(json.dumps({name: value for name, value in report.items() if name not in ("fingerprint", "published")}, indent=1))
-        for path in publish(args.raw, args.out, args.shards) if args.shards else []:
+        print(json.dumps({name: n for name, n in report.items() if name not in ("fingerprint", "published")}, indent=1))
+        for path in publish(args.out, args.shards) if args.shards else []:
             print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
 
     return cli.run(command)

@@ -1,6 +1,6 @@
 """Raw answers to a clean corpus: judged on all cores, near-duplicates dropped, split, reported, published.
 
-What a bulletin is and which rules it must keep stands in bulletins.py, whose command calls this module.
+What a bulletin is and which rules it must keep is in bulletins.py, whose command calls this module.
 """
 import hashlib
 import json
@@ -18,9 +18,10 @@ import bulletins
 import cli
 import corpus
 from bulletins import Acceptance, Bulletin, Verdict, bulletin_of, digests_of, judge_answer, line_of
+from files import write_beside
 
-TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams from which two bulletins are near-duplicates
-VALIDATION_SHARE = 20         # one bulletin in so many goes to validation ...
+TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams at which two bulletins are near-duplicates
+VALIDATION_SHARE = 20         # one bulletin in this many goes to validation ...
 MAX_VALIDATION = 1000         # ... until there are this many: enough to measure a loss to 0.01
 PUBLISHED = "published"       # the verdict on a bulletin that stands in a published file
 
@@ -48,7 +49,7 @@ class TwinFinder:
         return sketch
 
     def is_twin(self, sketch) -> bool:
-        """Tell whether a near-duplicate was added before."""
+        """Tell whether a near-duplicate has been added."""
         return any(sketch.jaccard(self._sketches[i]) >= TWIN_SIMILARITY for i in self._index.query(sketch))
 
     def add(self, sketch) -> None:
@@ -65,7 +66,8 @@ def belongs_to_validation(headline: str) -> bool:
 
 
 def judge_and_sketch(answer: dict) -> list[tuple[Verdict, object]]:
-    return [(verdict, TwinFinder.sketch(verdict.bulletin) if verdict.rule is None else None) for verdict in judge_answer(answer)]
+    return [(verdict, TwinFinder.sketch(verdict.bulletin) if verdict.rule is None else None)
+            for verdict in judge_answer(answer)]
 
 
 def sketch_line(line: str) -> tuple[Bulletin, object]:
@@ -76,9 +78,9 @@ def sketch_line(line: str) -> tuple[Bulletin, object]:
 def clean(raw: Iterable[dict], n_jobs: int = 1, published: Iterable[str] = ()) -> Iterator[Verdict]:
     """Yield the verdict on every bulletin of the raw answers, in order: rules, exact repeats, near-duplicates.
 
-    The first of two twins stands. What is published, as lines of a corpus, stands before all of them, whatever the
-    rules say now: a bulletin that is found there gets the verdict "published", once, and its likes fall.
-    Judging is spread over processes; what depends on order is done here.
+    The first of two twins stands. `published` lines of a corpus stand before all of them, whatever the rules say now:
+    a bulletin found there gets the verdict "published", once, and later repeats and twins of it fall.
+    Judging is spread over processes; what depends on order is done in this one.
     """
     acceptance, finder, standing = Acceptance(), TwinFinder(), set()
     with cli.start_workers(n_jobs) if n_jobs > 1 else nullcontext() as pool:
@@ -108,14 +110,15 @@ def clean(raw: Iterable[dict], n_jobs: int = 1, published: Iterable[str] = ()) -
 def write_corpus(raw: Path, out: Path, n_jobs: int) -> dict:
     """Clean a folder of raw answers into train.txt and validation.txt and return the report.
 
-    What `out` has published (see corpus.py) stands at the head of both files, and once there is a published
-    validation set, it is the validation set: later bulletins go to train, unless one of its bulletins is their twin.
-    Every file is written beside its place and renamed. When nothing has changed since the report was written, neither
-    the raw answers nor the rules nor what is published, it is returned as it is.
+    What `out` has published (see corpus.py) comes first in both files, and a published validation set is the whole
+    validation set: later bulletins go to train, unless they are twins of a published one.
+    Every file is written beside its place and renamed. If nothing has changed since the report was written, neither
+    the raw answers nor the rules nor what is published, the report is returned as it is.
     Raises FileNotFoundError if the folder holds no answers, ValueError for a broken line.
     """
     if not answers.answer_files(raw):
-        raise FileNotFoundError(f"{raw}: no raw answers (*.jsonl); python generate_training_data.py or offline_teacher.py")
+        raise FileNotFoundError(f"{raw}: no raw answers (*.jsonl); generate_training_data.py or offline_teacher.py "
+                                "writes them")
     report_path, sources = out / "report.json", sources_of(raw, out)
     names = ["train.txt", "validation.txt", "rejected.jsonl"]
     if report_path.exists() and all((out / name).exists() for name in names):
@@ -134,7 +137,7 @@ def write_corpus(raw: Path, out: Path, n_jobs: int) -> dict:
 
 
 def write_splits(raw: Path, out: Path, n_jobs: int, train: TextIO, validation: TextIO, fallen: TextIO) -> dict:
-    """Write the lines of a corpus and of what fell to open files; return the counts of the report.
+    """Write a corpus, and the bulletins that fell, to open files; return the counts of the report.
 
     bulletins + only_published = train + validation + all that are rejected.
     """
@@ -150,7 +153,8 @@ def write_splits(raw: Path, out: Path, n_jobs: int, train: TextIO, validation: T
             counts["only_published"] -= 1
         elif verdict.rule is not None:
             rejected[verdict.rule] += 1
-            fallen.write(json.dumps({"rule": verdict.rule, "key": verdict.key, "headline": verdict.bulletin.headline}) + "\n")
+            entry = {"rule": verdict.rule, "key": verdict.key, "headline": verdict.bulletin.headline}
+            fallen.write(json.dumps(entry) + "\n")
         else:
             is_validation = (not published["validation"] and counts["validation"] < MAX_VALIDATION
                              and belongs_to_validation(verdict.bulletin.headline))
@@ -167,10 +171,13 @@ def count_items(items: Iterable, counts: Counter, name: str) -> Iterator:
 
 
 def sources_of(raw: Path, out: Path) -> dict[str, str]:
-    """Return hashes of what a corpus depends on, to know when nothing has changed since the last cleaning."""
+    """Return hashes of all that a corpus depends on, to tell whether anything has changed since the last cleaning."""
     code = [Path(module.__file__) for module in (answers, bulletins)] + [Path(__file__)]
-    published = [path for split in ("train", "validation") for path in corpus.published_files(out, split)]
-    return {"fingerprint": sha256_of([*answers.answer_files(raw), *code]), "published": sha256_of(published)}
+    return {"fingerprint": sha256_of([*answers.answer_files(raw), *code]), "published": sha256_of_published(out)}
+
+
+def sha256_of_published(out: Path) -> str:
+    return sha256_of([path for split in ("train", "validation") for path in corpus.published_files(out, split)])
 
 
 def sha256_of(paths: list[Path]) -> str:
@@ -183,14 +190,14 @@ def sha256_of(paths: list[Path]) -> str:
 
 
 def write_report(out: Path, report: dict) -> dict:
-    partial_report = out / "report.json.partial"
-    partial_report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial_report, out / "report.json")
+    text = json.dumps(report, indent=1) + "\n"
+    write_beside(out / "report.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     return report
 
 
-def publish(raw: Path, out: Path, shard_size: int) -> list[Path]:
+def publish(out: Path, shard_size: int) -> list[Path]:
     """Compress a corpus just cleaned into new published files and return them; the report stays up to date."""
     new = corpus.publish(out, shard_size)
-    write_report(out, {**answers.read_json(out / "report.json"), **sources_of(raw, out)})
+    # Not the fingerprint too: answers that have come since the cleaning are in no file yet.
+    write_report(out, {**answers.read_json(out / "report.json"), "published": sha256_of_published(out)})
     return new

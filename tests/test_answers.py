@@ -73,6 +73,24 @@ def test_a_broken_line_is_named(tmp_path, line):
         pass
 
 
+def test_a_file_that_is_not_whole_xz_is_named(tmp_path):
+    packed = lzma.compress(json.dumps(answer("0/0")).encode() + b"\n")
+    for broken in (packed[:-10], b"no xz\n"):
+        (tmp_path / "a.jsonl.xz").write_bytes(broken)
+        with pytest.raises(ValueError, match="a.jsonl.xz: not a whole xz file"):
+            list(answers.read_answers(tmp_path))
+
+
+@pytest.mark.parametrize("examples, complaint", [
+    ([], "seed words"), ({}, "seed words"), ({"cat": "Cat found. It sat."}, '"cat": expected "<h1>'),
+    ({"dog": None}, '"dog"')])
+def test_examples_of_another_form_are_named(tmp_path, examples, complaint):
+    path = tmp_path / "examples.json"
+    path.write_text(json.dumps(examples))
+    with pytest.raises(ValueError, match=f"examples.json: .*{complaint}"):
+        answers.read_examples(path)
+
+
 def test_a_second_writer_is_refused(tmp_path):
     code = "import sys, answers\nwith answers.AnswerFile(__import__('pathlib').Path(sys.argv[1]) / 'b.jsonl'): pass"
     with answers.AnswerFile(tmp_path / "a.jsonl"):

@@ -69,7 +69,8 @@ def trigrams(line: str) -> set:
 
 
 def test_no_near_twin_across_the_split(cleaned):
-    train, validation = ([trigrams(line) for line in read(cleaned / "one" / f"{split}.txt")] for split in ("train", "validation"))
+    train, validation = ([trigrams(line) for line in read(cleaned / "one" / f"{split}.txt")]
+                         for split in ("train", "validation"))
     assert 15 < len(validation) < 60
     assert max(len(a & b) / len(a | b) for a in validation for b in train) < cleaning.TWIN_SIMILARITY
 
@@ -132,7 +133,7 @@ def publish(raw, out, shard_size: int) -> tuple[dict, list[str]]:
     """Clean and publish; return the report and the names of the new files, having seen that the older are untouched."""
     before = {path: path.read_bytes() for path in out.glob("*.xz")}
     report = cleaning.write_corpus(raw, out, n_jobs=1)
-    new = [path.name for path in cleaning.publish(raw, out, shard_size)]
+    new = [path.name for path in cleaning.publish(out, shard_size)]
     assert {path: path.read_bytes() for path in before} == before
     assert report["bulletins"] + report["only_published"] == \
         report["train"] + report["validation"] + sum(report["rejected"].values())
@@ -161,7 +162,8 @@ def test_what_is_published_stays_however_the_raw_answers_grow(tmp_path, texts):
     # nothing is lost, nothing is there twice, and what a hash would hold out now goes to train
     lines = {bulletins.line_of(bulletin) for text in texts[:200] for bulletin in parse(text)}
     train = read(out / "train.txt")
-    assert report["rejected"] == {} and report["only_published"] == 0 and len(train) + len(held_out) == len(lines) == 400
+    assert report["rejected"] == {} and report["only_published"] == 0
+    assert len(train) + len(held_out) == len(lines) == 400
     assert {*train, *held_out} == lines and read(out / "validation.txt") == held_out
     assert any(cleaning.belongs_to_validation(bulletins.bulletin_of(line).headline) for line in train)
     (out / "train.txt").unlink()
@@ -172,7 +174,8 @@ def test_later_twins_of_what_is_published_fall(tmp_path, texts, monkeypatch):
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_raw(raw, texts[:60])
     publish(raw, out, 1000)
-    published = [bulletins.bulletin_of(line) for split in ("validation", "train") for line in read(out / f"{split}.txt")]
+    published = [bulletins.bulletin_of(line)
+                 for split in ("validation", "train") for line in read(out / f"{split}.txt")]
     (raw / "a.jsonl").unlink()                             # others' answers: the published ones are not among them
     twins = [html_of(Bulletin("new " + b.headline, "today, " + b.story)) for b in published[:20]]
     write_raw(raw, [*twins, html_of(published[0]), html_of(published[0]), texts[200]])
@@ -198,7 +201,24 @@ def test_a_publication_that_was_cut_short_goes_on(tmp_path, texts):
     assert again == new[2:] and {name: (out / name).read_bytes() for name in new} == whole
     (out / "train.txt").write_text("another </h> text.\n")
     with pytest.raises(ValueError, match="train.txt: does not begin with what train-000.txt.xz"):
-        cleaning.publish(raw, out, 30)
+        cleaning.publish(out, 30)
+
+
+def test_answers_that_come_while_a_corpus_is_published_are_not_forgotten(tmp_path, texts):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_raw(raw, texts[:50])
+    cleaning.write_corpus(raw, out, n_jobs=1)
+    write_raw(raw, texts[50:60], start=50)
+    cleaning.publish(out, 30)
+    assert cleaning.write_corpus(raw, out, n_jobs=1)["answers"] == 60
+
+
+def test_half_an_emoji_falls_to_a_rule_beside_a_published_corpus_too(tmp_path, texts):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_raw(raw, texts[:20])
+    publish(raw, out, 1000)
+    write_raw(raw, [texts[20].replace("<p>", "<p>\ud83d ", 1)], start=20)
+    assert cleaning.write_corpus(raw, out, n_jobs=1)["rejected"] == {"outside_alphabet": 1}
 
 
 # ---------------------------------------------------------------- the command
@@ -214,8 +234,9 @@ def test_the_command_passes_over_a_torn_last_line(tmp_path, texts, run_cli):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"key": "0/20", "seed_', "not JSON"), ("[1]", "expected an object"), ('{"key": "0/1", "text": "a"}', "seed_words"),
-    ('{"key": "0/1", "seed_words": [], "text": null}', "text a string"), ("\xff", "not JSON")])
+    ('{"key": "0/20", "seed_', "not JSON"), ("[1]", "expected an object"),
+    ('{"key": "0/1", "text": "a"}', "seed_words"), ("\xff", "not JSON"),
+    ('{"key": "0/1", "seed_words": [], "text": null}', "text a string")])
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_broken_line_is_named(tmp_path, texts, line, message, n_jobs):
     write_raw(tmp_path / "raw", texts[:3])
@@ -228,8 +249,8 @@ def test_a_broken_line_is_named(tmp_path, texts, line, message, n_jobs):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--jobs", 2], "a.jsonl:1: not JSON"), (["--raw", "nowhere"], "nowhere: no raw answers"), (["--jobs", 0], "--jobs"),
-    (["--shards", -1], "--shards")])
+    (["--jobs", 2], "a.jsonl:1: not JSON"), (["--raw", "nowhere"], "nowhere: no raw answers"),
+    (["--jobs", 0], "--jobs"), (["--shards", -1], "--shards")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_cli, options, message):
     (tmp_path / "a.jsonl").write_text("broken\n{}\n")
     done = run_cli("bulletins.py", "--raw", tmp_path, "--out", tmp_path / "out", *options)
