@@ -1,23 +1,22 @@
-"""What every command does the same way: exit codes, leaving by Ctrl-C or SIGTERM with the work saved, and keeping a
-second process out of a folder."""
-import multiprocessing
+"""What every command does the same way: exit codes, stopping by Ctrl-C or SIGTERM, locking a folder, processes."""
+import multiprocessing.pool
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-INTERRUPTED = 130
-LOCK = ".lock"               # the file in a folder that hold() locks
+INTERRUPTED = 130             # exit code after Ctrl-C
+LOCK = ".lock"                # the file in a folder that hold() locks
 
 
 def run(command: Callable[[], None]) -> int:
     """Run a command and return its exit code.
 
-    0: all was done. 2: the user's input is wrong (ValueError, FileNotFoundError), told in one line on standard error.
-    1: the world is in the way (OSError: disk full, server gone, budget used up), in one line too.
-    130: Ctrl-C or SIGTERM, which reach the command as KeyboardInterrupt. Anything else is our mistake and passes
-    through, so that the traceback shows and Python exits with 1.
+    0: all was done. 2: the user's input is wrong (ValueError, or a path that is not there, not a folder or not a file);
+    one line on standard error says so. 1: the world is in the way (other OSErrors: disk full, server gone, budget used
+    up); one line too. 130: Ctrl-C or SIGTERM, which reach the command as KeyboardInterrupt. Anything else is our
+    mistake and passes through: the traceback shows, and Python exits with 1.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -26,7 +25,7 @@ def run(command: Callable[[], None]) -> int:
     except KeyboardInterrupt as stop:
         print(f"stopped{f': {stop}' if str(stop) else ''}", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
@@ -41,9 +40,9 @@ def run(command: Callable[[], None]) -> int:
 def hold(folder: Path) -> IO | None:
     """Make a folder and hold it until the file returned is closed; return None if another process holds it.
 
-    The lock is the kernel's, which forgets it with the process, so a file that a kill leaves behind locks nothing.
+    The lock is the kernel's and goes with the process: a lock file that a kill leaves behind locks nothing.
     """
-    import fcntl                      # not on Windows, where only this would fail
+    import fcntl                      # here, as Windows has none, and all else works there
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("w")
     try:
@@ -54,11 +53,11 @@ def hold(folder: Path) -> IO | None:
     return lock
 
 
-def start_workers(n_jobs: int):
-    """Return a pool of processes that end when the pool tells them to (SIGTERM), and leave Ctrl-C to this one.
+def start_workers(n_jobs: int) -> multiprocessing.pool.Pool:
+    """Return a pool of processes that end when the pool tells them to (by SIGTERM) and leave Ctrl-C to this one.
 
-    Forked while run() has both raise KeyboardInterrupt, a worker could print it, or swallow it and never end; so the
-    signals wait until the worker has put that right.
+    In run() both signals raise KeyboardInterrupt; a worker forked there could print that, or swallow it and never end.
+    So both are blocked until the worker has handlers of its own.
     """
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
@@ -68,15 +67,16 @@ def start_workers(n_jobs: int):
 
 
 def restore_signals() -> None:
+    """Have SIGTERM end this process at once and Ctrl-C do nothing; unblock both."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that a loop reads between two steps; a second Ctrl-C stops at once.
+    """Turns Ctrl-C and SIGTERM into a flag, `asked`, that a loop reads between two steps.
 
-    A second SIGTERM does not: torchrun and job managers repeat it.
+    A second Ctrl-C stops at once; a second SIGTERM does not, as torchrun and job managers repeat it.
     """
 
     def __enter__(self) -> "StopSignal":

@@ -1,7 +1,7 @@
 """Bulletins as tokens: encoded once, memory-mapped, cut into batches of near-equal length.
 
-A corpus is a folder with train.txt and validation.txt (or .txt.xz, in one file or shards), one bulletin a line. Its
-tokens are kept in .tokens/ beside it, under a name made of the hashes of the text and of the tokenizer.
+The tokens of a corpus (see corpus.py) are kept in .tokens/ in its folder, under a name that is the hash of the text,
+the tokenizer and the context length.
 """
 import hashlib
 import io
@@ -21,11 +21,12 @@ from tqdm import tqdm
 from bulletins import SEPARATOR, Bulletin
 from cli import start_workers
 from corpus import corpus_files, lines_of
+from files import write_beside
 
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
-SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together; more means less padding, less chance
-LINES_A_TASK = 2000
+SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together: more pads less and mixes less
+LINES_A_TASK = 2000           # lines that a process encodes at once
 
 
 def load_tokenizer(path: Path | str, vocab_size: int | None = None) -> sentencepiece.SentencePieceProcessor:
@@ -41,7 +42,7 @@ def load_tokenizer(path: Path | str, vocab_size: int | None = None) -> sentencep
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError:
         tokenizer = None
-    if not proto or tokenizer is None:                    # of an empty file sentencepiece makes a tokenizer that fails later
+    if not proto or tokenizer is None:        # from an empty file sentencepiece makes a tokenizer that fails later
         raise ValueError(f"{path}: not a sentencepiece model")
     for i, piece in enumerate(("<unk>", "<s>", "</s>", SEPARATOR)):
         found = tokenizer.id_to_piece(i) if i < len(tokenizer) else None
@@ -49,7 +50,8 @@ def load_tokenizer(path: Path | str, vocab_size: int | None = None) -> sentencep
             raise ValueError(f"{path}: piece {i} is {found!r}, expected {piece!r}; "
                              "was it made by train_tokenizer.ipynb?")
     if vocab_size is not None and len(tokenizer) != vocab_size:
-        raise ValueError(f"{path}: holds {len(tokenizer):,} pieces, but the config's model.vocab_size is {vocab_size:,}")
+        raise ValueError(f"{path}: holds {len(tokenizer):,} pieces, but the config's model.vocab_size is "
+                         f"{vocab_size:,}")
     return tokenizer
 
 
@@ -57,13 +59,13 @@ def train_tokenizer(text: Path, vocab_size: int, prefix: Path, crosses_spaces: b
     """Train a BPE tokenizer of exactly vocab_size pieces on the lines of a text; write prefix.model and prefix.vocab.
 
     crosses_spaces: pieces may hold several words ("superwords"), as dev/superwords.py tries.
-    The same lines give the same bytes, wherever they stand. sentencepiece's defaults are decided here on purpose: the
-    text is clean ASCII, so normalisation is the identity and every character is covered; no byte pieces, since an
-    alphabet that is known needs no fallback; digits and the marks of prices and quotations stand alone, as in the
-    published tokenizers.
+    The same lines give the same bytes, whatever file they are in. The options differ from sentencepiece's defaults on
+    purpose: the text is clean ASCII, so normalisation is the identity and every character is covered; no byte pieces,
+    since an alphabet that is known needs no fallback; digits and the marks of prices and quotations are pieces of
+    their own, as in the published tokenizers.
     Raises FileNotFoundError, or ValueError if the text is not UTF-8, holds nothing or cannot fill the vocabulary.
     """
-    if not any([True for _ in lines_of([text])]):         # all of it is read: an error is ours, not sentencepiece's
+    if sum(1 for _ in lines_of([text])) == 0:             # reads it all, so that errors are ours, not sentencepiece's
         raise ValueError(f"{text}: holds no text")
     proto = io.BytesIO()
     try:
@@ -73,14 +75,13 @@ def train_tokenizer(text: Path, vocab_size: int, prefix: Path, crosses_spaces: b
             byte_fallback=False, split_by_whitespace=not crosses_spaces, input_sentence_size=2_000_000,
             shuffle_input_sentence=True, max_sentence_length=8192, num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        raise ValueError(f"{text}: cannot make a vocabulary of {vocab_size:,} pieces: {reason_of(str(error))}") from None
+        raise ValueError(f"{text}: cannot make a vocabulary of {vocab_size:,} pieces: "
+                         f"{reason_of(str(error))}") from None
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto.getvalue())
     pieces = "".join(f"{tokenizer.id_to_piece(i)}\t{tokenizer.get_score(i):g}\n" for i in range(len(tokenizer)))
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for kind, content in (("vocab", pieces.encode()), ("model", proto.getvalue())):
-        partial = prefix.with_name(f"{prefix.name}.{kind}.partial")
-        partial.write_bytes(content)
-        os.replace(partial, f"{prefix}.{kind}")
+        write_beside(Path(f"{prefix}.{kind}"), lambda partial, content=content: partial.write_bytes(content))
 
 
 def reason_of(error: str) -> str:
@@ -107,7 +108,8 @@ def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | N
         raise ValueError(f"headline {headline!r}: the tokenizer does not know {' '.join(unknown)}")
     ids = [tokenizer.bos_id(), *tokenizer.encode(f"{text} {SEPARATOR}")]
     if len(ids) > context_length // 2:
-        raise ValueError(f"headline {headline!r}: {len(ids)} tokens leave no room for a story in a context of {context_length}")
+        raise ValueError(f"headline {headline!r}: {len(ids)} tokens leave no room for a story in a context of "
+                         f"{context_length}")
     return ids
 
 
@@ -125,11 +127,13 @@ def bulletin_of_ids(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[i
 class Tokens:
     """The bulletins of one split as ids, each `bos + headline </h> story + eos`, memory-mapped.
 
-    `ids` holds them end to end (uint16); bulletin i stands at offsets[i] : offsets[i + 1]. `n_too_long` bulletins of
-    the text are left out because they do not fit the context, `n_malformed` lines because they hold no separator.
+    `ids` holds them end to end (uint16); bulletin i is ids[offsets[i]:offsets[i + 1]]. Of the text, `n_too_long`
+    bulletins are left out because they do not fit the context, and `n_malformed` lines because they do not hold one
+    separator; `n_bytes` are those of the lines that are in. `sha256` stands for text, tokenizer and context length.
     """
 
-    def __init__(self, ids: np.ndarray, offsets: np.ndarray, n_too_long: int, n_malformed: int, n_bytes: int, sha256: str):
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray, n_too_long: int, n_malformed: int, n_bytes: int,
+                 sha256: str):
         self.ids, self.offsets = ids, offsets
         self.lengths = np.diff(offsets)
         self.n_too_long, self.n_malformed, self.n_bytes, self.sha256 = n_too_long, n_malformed, n_bytes, sha256
@@ -139,12 +143,12 @@ class Tokens:
         return len(self.lengths)
 
     def to(self, device: torch.device | str) -> "Tokens":
-        """Move the ids to a device, once, so that its batches need no copying; a CPU leaves them on the disk."""
+        """Move the ids to a device once, so that batches need no copying; for a CPU they stay on the disk."""
         self._storage = self._storage.to(device)
         return self
 
     def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets, both [B, T]: the targets are the inputs one token on, id 0 is IGNORED."""
+        """Return inputs and targets [B, T] of some bulletins: the targets are one token on, with id 0 IGNORED."""
         device = self._storage.device
         where = torch.from_numpy(np.stack([self.offsets[indices], self.lengths[indices]]))           # (2, B)
         if device.type == "cuda":
@@ -168,6 +172,7 @@ def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:
 
 
 def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]]]:
+    """Yield the lines of text files in tasks for encode_lines."""
     lines: list[str] = []
     for line in lines_of(paths):
         lines.append(line)
@@ -179,9 +184,9 @@ def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]
 
 
 def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) -> Tokens:
-    """Return the tokens of text files, from the cache beside the first of them or encoded now, on all cores.
+    """Return the tokens of text files, from the cache beside the first of them or else encoded now, on all cores.
 
-    Raises ValueError if no bulletin is left to train on.
+    Raises FileNotFoundError or ValueError naming the file, also if no bulletin is left to train on.
     """
     digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
     for path in [*paths, tokenizer_path]:
@@ -198,9 +203,9 @@ def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) ->
 def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Path) -> None:
     """Encode text files into stem.ids, stem.npy (offsets) and, last, stem.json, whose presence says all is there."""
     stem.parent.mkdir(exist_ok=True)
-    is_large = sum(path.stat().st_size for path in paths) > 1_000_000      # else processes take longer to start than to work
+    is_large = sum(path.stat().st_size for path in paths) > 1_000_000      # else processes start longer than they work
     lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0}
-    partial = stem.with_suffix(f".{os.getpid()}.partial")
+    partial = stem.with_suffix(f".{os.getpid()}.partial")                  # another process may encode the same text
     try:
         with partial.open("wb") as out, start_workers(os.cpu_count()) if is_large else nullcontext() as pool:
             bar = tqdm(desc=f"encoding {paths[0].parent.name}/{paths[0].name}", unit="bulletin", disable=None)
@@ -221,17 +226,17 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
                              f"\"a headline {SEPARATOR} a story.\" of at most {context_length} tokens "
                              f"({facts['n_too_long']} too long, {facts['n_malformed']} without one {SEPARATOR})")
         os.replace(partial, stem.with_suffix(".ids"))
+        with partial.open("wb") as out:
+            np.save(out, np.concatenate([[0], np.cumsum(lengths)]))
+        os.replace(partial, stem.with_suffix(".npy"))
+        partial.write_text(json.dumps(facts), encoding="utf-8")
+        os.replace(partial, stem.with_suffix(".json"))
     finally:
         partial.unlink(missing_ok=True)
-    with partial.open("wb") as out:
-        np.save(out, np.concatenate([[0], np.cumsum(lengths)]))
-    os.replace(partial, stem.with_suffix(".npy"))
-    partial.write_text(json.dumps(facts), encoding="utf-8")
-    os.replace(partial, stem.with_suffix(".json"))
 
 
 def load_split(folder: Path, split: str, tokenizer_path: Path, context_length: int) -> Tokens:
-    """Return the tokens of the "train" or "validation" split of a corpus folder."""
+    """Return the tokens of the "train" or "validation" split of a corpus folder. Raises as load_tokens does."""
     return load_tokens(corpus_files(folder, split), tokenizer_path, context_length)
 
 
@@ -241,9 +246,9 @@ def load_split(folder: Path, split: str, tokenizer_path: Path, context_length: i
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Return the bulletins of each batch of an epoch: every bulletin once, those of a batch of near-equal length.
 
-    The shuffled corpus is sorted by length in windows of SORTED_BATCHES batches, cut, and the batches are shuffled.
-    Only the last window may end in a batch that is not full. A function of its arguments alone, so that a run that
-    goes on finds the same batches.
+    The corpus is shuffled, sorted by length within windows of SORTED_BATCHES batches, and cut; then the batches are
+    shuffled. Only the last window may end in a batch that is not full. A function of its arguments alone, so that a
+    resumed run finds the same batches.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -260,7 +265,7 @@ def bulletin_losses(model, tokens: Tokens, batch_size: int = 8) -> tuple[np.ndar
     """Return the summed loss in nats of each bulletin and its number of targets, both [N], in the order of the split.
 
     model(ids [B, T]) gives logits [B, T, V] in float32. A mean over the split is total divided by total. Batches are
-    small, because logits that leave a CPU's cache take twice as long.
+    small because logits that do not fit a CPU's cache take twice as long.
     """
     order = np.argsort(tokens.lengths, kind="stable")
     nats, n_targets = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)

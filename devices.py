@@ -11,20 +11,26 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-WAIT = timedelta(hours=2)     # for a process that encodes the corpus or measures the model while the others wait
-N_TRIAL_STEPS = 3
-WORTH_COMPILING_S = 300       # eager runs shorter than this are over before a compiler has paid for itself
+WAIT = timedelta(hours=2)     # at most, for a process that encodes the corpus or measures the model
+N_TRIAL_PASSES = 3            # forward and backward, to see whether compiling pays
+WORTH_COMPILING_S = 300       # shorter runs are over before a compiler has paid for itself
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device asked for, or the best there is; raise ValueError if what was asked for is not there."""
+    """Return the device asked for, or the best there is; raise ValueError if it is not there for this process."""
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and is_alone, "cpu": True}
     if name is None:
         name = next(kind for kind, is_there in present.items() if is_there)
     if not present[name]:
         raise ValueError(f"--device {name}: not present on this machine")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--device cuda: {torch.cuda.device_count()} on this machine, too few for a process on each; "
+                         "start fewer, or use --device cpu")
+    return torch.device(name, local_rank)
 
 
 # ---------------------------------------------------------------- several processes
@@ -32,7 +38,7 @@ def pick_device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started: rank of n. One process alone is rank 0 of 1."""
+    """This process among the n that torchrun started, by its rank. One process alone is rank 0 of 1."""
     rank: int = 0
     n: int = 1
 
@@ -56,19 +62,18 @@ class Ranks:
         if self.n == 1:
             return loss
         # Looking for unused parameters keeps the gradients' buckets as they are first made. Otherwise they are made
-        # anew after the first step, also after the first one of a resumed run, and three or more addends in another
-        # order have another sum.
+        # anew after the first step, of a resumed run too, and the sum of three or more depends on their order.
         return DistributedDataParallel(loss, device_ids=[device] if device.type == "cuda" else None,
                                        gradient_as_bucket_view=True, find_unused_parameters=self.n > 2)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of a number over all processes."""
+        """Return the sum of a tensor over all processes; it is changed in place."""
         if self.n > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, *are_so: bool) -> list[bool]:
-        """Return of each whether it is so in at least one process."""
+        """Return, of each, whether it is so in at least one process."""
         return self.sum(torch.tensor(are_so, dtype=torch.int32)).bool().tolist()
 
     def wait(self) -> None:
@@ -80,6 +85,7 @@ class Ranks:
         return self.sum(torch.tensor(value if self.is_first else 0.0, dtype=torch.float64)).item()
 
     def leave(self) -> None:
+        """Part from the other processes."""
         if self.n > 1:
             dist.destroy_process_group()
 
@@ -87,17 +93,18 @@ class Ranks:
 # ---------------------------------------------------------------- compilation
 
 
-def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_steps: int, dtype: torch.dtype) -> bool:
-    """Tell whether n_steps passes over such a batch end sooner compiled, compiler included; measured, not guessed.
+def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_passes: int, dtype: torch.dtype) -> bool:
+    """Tell whether n_passes over such a batch end sooner compiled, compiler included; measured, not guessed.
 
     A CPU in float32 is not tried: nearly all its time goes into matrix products, which a compiler leaves as they are.
     Leaves no gradients behind.
     """
-    if batch[0].device.type == "mps" or batch[0].device.type == "cpu" and dtype == torch.float32:
+    device = batch[0].device.type
+    if device == "mps" or (device == "cpu" and dtype == torch.float32):
         return False
     try:
-        step_s(loss, *batch, n_times=1)            # the first one prepares much
-        eager_s = n_steps * step_s(loss, *batch)
+        pass_s(loss, *batch, n_times=1)            # the first one prepares much
+        eager_s = n_passes * pass_s(loss, *batch)
         if eager_s < WORTH_COMPILING_S:
             return False
         print("compiling, about a minute ...", file=sys.stderr)
@@ -105,7 +112,7 @@ def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_steps: i
         try:
             compiled = compile_loss(loss, [batch])
             compile_s = time.perf_counter() - started
-            return compile_s + n_steps * step_s(compiled, *batch) < eager_s
+            return compile_s + n_passes * pass_s(compiled, *batch) < eager_s
         except Exception as error:    # a compiler fails in as many ways as there are machines; eager is always right
             print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?",
                   file=sys.stderr)
@@ -117,19 +124,19 @@ def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_steps: i
 def compile_loss(loss: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]] = ()) -> Callable:
     """Return the compiled loss, for batches of any number of rows and tokens; leave no gradients.
 
-    The code for a kind of batch, such as one of a single row, depends on the first one of it that the compiler meets.
-    A run that goes on must not meet another one first than when it began, or its sums may be rounded otherwise: so
-    both are shown the same batches here.
+    The code for a kind of batch, such as one of a single row, depends on the first such batch that the compiler meets.
+    If a resumed run met another one first, its sums could be rounded otherwise; so the compiler is shown the given
+    batches here, the same ones each time that a run starts.
     """
     compiled = torch.compile(loss, dynamic=True)
     for batch in batches:
-        step_s(compiled, *batch, n_times=1)
+        pass_s(compiled, *batch, n_times=1)
     loss.zero_grad()
     return compiled
 
 
-def step_s(loss: Callable, *batch: torch.Tensor, n_times: int = N_TRIAL_STEPS) -> float:
-    """Return the seconds that a forward and a backward pass take."""
+def pass_s(loss: Callable, *batch: torch.Tensor, n_times: int = N_TRIAL_PASSES) -> float:
+    """Return the seconds that a pass takes, forward and backward."""
     started = time.perf_counter()
     for _ in range(n_times):
         total = loss(*batch)

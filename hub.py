@@ -3,11 +3,11 @@ from pathlib import Path
 
 
 def find_folder(name: Path | str, kind: str, patterns: list[str]) -> Path:
-    """Return the folder that a name stands for: a path, or an id such as "user/name", fetched from the hub or its cache.
+    """Return the folder that a name stands for: a path, or an id such as "user/name", from the hub or its cache.
 
     kind: "model" or "dataset"; patterns: the files wanted of a repository, such as ["config.json", "tokenizer.*"].
-    A folder that exists goes before an id. HF_ENDPOINT and HF_HOME are respected, as huggingface_hub does.
-    Raises FileNotFoundError if the hub does not give what looks like an id; what can only be a path is not checked.
+    A folder that exists goes before an id. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE do what they do in huggingface_hub.
+    Raises FileNotFoundError if the hub does not have what looks like an id; what can only be a path is not checked.
     """
     name = str(name)
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith("."):

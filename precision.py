@@ -6,7 +6,10 @@ import torch
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
-    """Return torch.bfloat16 where the device multiplies matrices clearly faster in it, measured on CPUs; else float32."""
+    """Return torch.bfloat16 if the device multiplies matrices clearly faster in it, else torch.float32.
+
+    CPUs are measured; GPUs have it from compute capability 8.0 on.
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     if device.type != "cpu":
@@ -17,7 +20,7 @@ def faster_dtype(device: torch.device) -> torch.dtype:
 
 
 def seconds_of(work: Callable[[], object], n_times: int = 3) -> float:
-    """Return the least time that a piece of work takes, after once to warm up."""
+    """Return the least time that a piece of work takes, after doing it once to warm up."""
     work()
     times = []
     for _ in range(n_times):

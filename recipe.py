@@ -1,4 +1,4 @@
-"""How a model learns: its first weights, its loss, its optimizers and its learning rate.
+"""How a model learns: its first weights, its loss, its optimizers, its learning rate, and one step.
 
 With the published config keys alone this is the recipe of the published models; the optional keys make it a faster one.
 """
@@ -13,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from config import TrainConfig
 from data import IGNORED
 from model import EOS, GPT
+from muon import Muon
 
-# Axes: B batch, T tokens, N = B * T, C d_embedding, V vocabulary
+# Axes: B batch, T tokens, N = B * T, C d_embedding, V vocabulary (or, with candidates, those alone)
 
 MAX_GRAD_NORM = 1.0
 COOLDOWN = 0.3                # share of a run in which the schedule "wsd" falls, after it was constant
-N_COUNTED = 20_000_000        # tokens of the corpus whose bigrams the first weights know: enough, and little memory
-PRIOR = 100                   # how many draws from the frequencies of the pieces a bigram's counts are smoothed by
+N_COUNTED = 20_000_000        # tokens of the corpus that are counted: enough for bigrams, and little memory
+PRIOR = 100                   # draws from the frequencies of the pieces that smooth the counts of bigrams
 FREQUENT = 2 / 3              # share of the most frequent pieces among the candidates of a step
 SHARED = 0.7                  # share of the embeddings' squared length in the direction that all of them have
 
@@ -27,8 +28,8 @@ SHARED = 0.7                  # share of the embeddings' squared length in the d
 def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
     """Return the learning rate of a step, counted from 1: linear warmup to the peak, then down to final_lr_ratio of it.
 
-    cosine: half a period (Loshchilov and Hutter 2017); linear: straight; wsd: constant, then straight in the last
-    COOLDOWN of the run (Hu et al. 2024).
+    schedule "cosine": half a period (Loshchilov and Hutter 2017); "linear": straight; "wsd": constant, then straight
+    in the last COOLDOWN of the run (Hu et al. 2024).
     """
     n_warmup = int(config.warmup_ratio * n_steps) or 1
     if step < n_warmup:
@@ -46,10 +47,10 @@ def learning_rate(step: int, n_steps: int, config: TrainConfig) -> float:
 def initialise(model: GPT, config: TrainConfig, ids: np.ndarray) -> None:
     """Draw the first weights from config.seed.
 
-    init "pytorch": PyTorch's defaults, as the published models. init "small": matrices and embeddings of standard
+    init "pytorch": PyTorch's defaults, as in the published models. init "small": matrices and embeddings of standard
     deviation 0.02, biases 0, and 0 in the matrices that write to the residual stream, so that each block starts as
-    the identity. init "bigram": the same blocks, between an embedding and a head that know the bigrams of the training
-    text, whose ids are given end to end.
+    the identity. init "bigram": the same blocks between an embedding and a head that know the bigrams of the training
+    text, whose ids [n] are given end to end. Raises ValueError if a model is too narrow for that.
     """
     torch.manual_seed(config.seed)
     model.apply(reset)
@@ -68,17 +69,18 @@ def initialise(model: GPT, config: TrainConfig, ids: np.ndarray) -> None:
 def set_to_bigrams(model: GPT, ids: np.ndarray) -> None:
     """Factor the bigrams of a text into embedding and head, so that a model whose blocks add nothing predicts by them.
 
-    Such a model says head @ norm(embedding[a]) of what follows piece a. In a bigram model that has seen b after a n(a, b)
-    times, and before that PRIOR draws from p, the frequencies of the pieces, this is log p(b) + log(1 + n(a, b) / (PRIOR
-    p(b))), but for a constant of a that a softmax ignores. Most of the n are 0, and so is the second term, whose best
-    factors of a lower rank are found by its singular vectors, as Levy and Goldberg (2014) did for word vectors; pieces
-    weigh by their number. The norm takes one dimension, log p another, in which all embeddings are the same.
+    The logits of what follows piece a are then head @ norm(embedding[a]). In a bigram model that has seen b after a
+    n(a, b) times, and before that PRIOR draws from p, the frequencies of the pieces, they are log p(b) + log(1 +
+    n(a, b) / (PRIOR p(b))), up to a constant of a that the softmax ignores. Most of the n are 0, and so is the second
+    term; its singular vectors give its best factors of a lower rank, as Levy and Goldberg (2014) did for word vectors.
+    Each piece is weighted by its count. The norm takes one dimension, and log p another, in which all embeddings are
+    the same.
     """
     vocab_size, d_embedding = model.tok_emb.weight.shape
     if d_embedding < 4:
         raise ValueError(f"train.init bigram needs a model.d_embedding of at least 4, not {d_embedding}")
     ids = torch.from_numpy(ids[:N_COUNTED].astype(np.int64))
-    n_of = torch.bincount(ids, minlength=vocab_size) + 1.0                                    # (V,)
+    n_of = torch.bincount(ids, minlength=vocab_size) + 1.0                         # (V,)
     log_p = (n_of / n_of.sum()).log()
     pairs, n_of_pairs = (ids[:-1] * vocab_size + ids[1:])[ids[:-1] != EOS].unique(return_counts=True)
     first, second = pairs // vocab_size, pairs % vocab_size
@@ -86,11 +88,13 @@ def set_to_bigrams(model: GPT, ids: np.ndarray) -> None:
     weighted = torch.sparse_coo_tensor(torch.stack([first, second]), gain * (n_of[first] * n_of[second]).sqrt(),
                                        (vocab_size, vocab_size), check_invariants=False)
     u, s, v = torch.svd_lowrank(weighted, q=min(d_embedding - 2, vocab_size))
-    u, v = (factor * (s / n_of[:, None]).sqrt() for factor in (u, v))                         # u @ v.T is about the gain
+    u, v = (factor * (s / n_of[:, None]).sqrt() for factor in (u, v))              # u @ v.T is about the gain, (V, V)
     size = (n_of @ u.square().sum(1) / n_of.sum()).sqrt()
     u, v = u * ((1 - SHARED) * d_embedding) ** 0.5 / size, v * size / ((1 - SHARED) * d_embedding) ** 0.5
     shared = (SHARED * d_embedding) ** 0.5
-    axes = torch.linalg.qr(torch.cat([torch.ones(d_embedding, 1), torch.randn(d_embedding, u.shape[1] + 1)], 1))[0][:, 1:]
+    # Orthonormal axes for log p and the factors, (C, 1 + rank), at right angles to the mean, which the norm removes.
+    random = torch.cat([torch.ones(d_embedding, 1), torch.randn(d_embedding, u.shape[1] + 1)], 1)
+    axes = torch.linalg.qr(random)[0][:, 1:]
     model.tok_emb.weight.copy_(torch.cat([torch.full_like(log_p, shared)[:, None], u], 1) @ axes.T)
     model.out_head.weight.copy_(torch.cat([(log_p - log_p.mean())[:, None] / shared, v], 1) @ axes.T)
 
@@ -107,9 +111,9 @@ def reset(module: nn.Module) -> None:
 class HeadLoss(torch.autograd.Function):
     """Summed next-token loss in nats of states [N, C] under an output head [V, C], for targets [N].
 
-    The gradient is computed with the loss, in the place of the logits [N, V], which would otherwise be written four
-    times: as logits, log-probabilities, their gradient and the logits' gradient. Targets that are IGNORED cost nothing.
-    log_weights [V] are added to the logits, where a piece stands for several.
+    The gradient is computed along with the loss, in the memory of the log-probabilities [N, V]; PyTorch would write
+    four tensors of that size: logits, log-probabilities and the gradient of each. IGNORED targets cost nothing.
+    log_weights [V] are added to the logits where a piece stands for several.
     """
 
     @staticmethod
@@ -118,7 +122,7 @@ class HeadLoss(torch.autograd.Function):
         is_target = (targets != IGNORED)[:, None]                                       # (N, 1)
         column = targets.clamp(min=0)[:, None]                                          # (N, 1)
         logits = states @ head.T if log_weights is None else torch.addmm(log_weights.to(head.dtype), states, head.T)
-        log_p = logits.log_softmax(1, dtype=torch.float32)                              # (N, C) -> (N, V)
+        log_p = logits.log_softmax(1, dtype=torch.float32)                              # (N, V)
         loss = -(log_p.gather(1, column) * is_target).sum()
         slope = log_p.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=log_p.dtype)).to(logits.dtype)
         ctx.save_for_backward(slope @ head * is_target, slope.T @ (states * is_target))     # (N, C), (V, C)
@@ -133,7 +137,7 @@ class HeadLoss(torch.autograd.Function):
 class NextTokenLoss(nn.Module):
     """A model with its loss: inputs and targets [B, T] in, summed nats over the targets out.
 
-    With what Candidates.draw gave, the pieces that are not candidates are left out of the softmax.
+    With what Candidates.draw returned, the pieces that are not candidates are left out of the softmax.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype):
@@ -155,13 +159,13 @@ class NextTokenLoss(nn.Module):
 class Candidates:
     """The pieces that the softmax of a training step chooses among, where the head is most of a small model's work.
 
-    They are the targets of the batch, the most frequent pieces of the corpus, and as many of the others, drawn at random,
-    as make up n_candidates. Each drawn piece stands for all that might have been drawn in its place, so that the sum of
-    the softmax is right on average (Jean et al. 2015, "On using very large target vocabulary").
+    They are the targets of the batch, the most frequent pieces of the corpus, and as many of the others, drawn at
+    random, as make up n_candidates. Each drawn piece stands for all that might have been drawn in its place, so that
+    the sum of the softmax is right on average (Jean et al. 2015, "On using very large target vocabulary").
     """
 
     def __init__(self, config: TrainConfig, vocab_size: int, ids: np.ndarray):
-        """ids: the training text end to end."""
+        """ids [n]: the training text end to end."""
         self.config = config
         n_of = np.bincount(ids[:N_COUNTED], minlength=vocab_size)
         self.priority = torch.zeros(vocab_size)
@@ -170,13 +174,14 @@ class Candidates:
     def draw(self, targets: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
         """Return the pieces of a step and the logarithm of how many each stands for, both [n_candidates].
 
-        targets [B, T] are those of the whole batch, so that its parts have the same candidates. A function of the seed
-        and the step. Where all pieces are candidates, nothing needs to be returned.
+        targets [B, T] are those of the whole batch, so that its parts have the same candidates. The draw is a function
+        of the seed and the step alone. Returns () if n_candidates is 0, which stands for all pieces.
         """
         if self.config.n_candidates == 0:
             return ()
-        dice = torch.from_numpy(np.random.default_rng([self.config.seed, step]).random(len(self.priority), dtype=np.float32))
-        score = (self.priority + dice.clamp(max=0.999)).to(targets.device)
+        rng = np.random.default_rng([self.config.seed, step])
+        dice = torch.from_numpy(rng.random(len(self.priority), dtype=np.float32))
+        score = (self.priority + dice.clamp(max=0.999)).to(targets.device)                        # (V,)
         score.scatter_(0, targets.flatten().clamp(min=0), 2.0)    # never left out; nor is piece 0, for what is IGNORED
         score, pieces = score.topk(self.config.n_candidates)
         n_sure = (score >= 1).sum()
@@ -187,55 +192,8 @@ class Candidates:
 # ---------------------------------------------------------------- optimizers
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is made orthogonal, for the matrices inside the blocks (Jordan et al. 2024).
-
-    torch.optim.Muon takes one matrix at a time, in bfloat16, which most CPUs only emulate. Here matrices of one shape
-    are stacked, in float32 on a CPU, and a matrix may be several: the three parts of a qkv matrix have nothing in common.
-    """
-
-    COEFFICIENTS = (3.4445, -4.7750, 2.0315)      # of the quintic that drives singular values to about 1 in 5 rounds
-    N_ROUNDS = 5
-
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
-        """groups: {"params": matrices, "n_parts": how many matrices each of them is, one below the other}."""
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            parts = [part for p in group["params"]
-                     for part in zip(*(t.chunk(group["n_parts"]) for t in (p, p.grad, self._momentum(p))))]
-            for shape in sorted({tuple(weight.shape) for weight, _, _ in parts}):
-                weights, grads, momenta = zip(*(part for part in parts if tuple(part[0].shape) == shape))
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch.stack(grads).lerp(torch.stack(momenta), group["momentum"])
-                update = self.orthogonalised(nesterov) * max(1, shape[0] / shape[1])**0.5
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, update.unbind(), alpha=-group["lr"])
-
-    def _momentum(self, parameter: nn.Parameter) -> torch.Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        return state["momentum"]
-
-    @classmethod
-    def orthogonalised(cls, matrices: torch.Tensor) -> torch.Tensor:
-        """Return matrices [M, R, C] with the same singular vectors and singular values near 1 (Newton-Schulz)."""
-        x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
-        is_tall = x.shape[1] > x.shape[2]
-        x = x.mT if is_tall else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        a, b, c = cls.COEFFICIENTS
-        for _ in range(cls.N_ROUNDS):
-            square = x @ x.mT
-            x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
-        return (x.mT if is_tall else x).to(matrices.dtype)
-
-
 def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Return the optimizers, each group with its share of the learning rate in "lr_ratio".
+    """Return the optimizers, the learning rate of each group over peak_lr in its "lr_ratio".
 
     optimizer "adamw": decay on all parameters, norms and biases too, as the published models were trained. "muon": Muon
     at muon_lr for the matrices of the blocks, AdamW at peak_lr for the rest.
@@ -248,7 +206,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
         single = [layer.weight for block in model.trf_blocks for layer in (block.att.proj, *block.ff.layers[::2])]
         groups = [{"params": qkv, "n_parts": 3}, {"params": single, "n_parts": 1}]
         rest = [p for p in model.parameters() if id(p) not in {id(matrix) for matrix in qkv + single}]
-        optimizers = [Muon(groups, config.muon_lr, config.weight_decay), torch.optim.AdamW(rest, lr=config.peak_lr, **adamw)]
+        optimizers = [Muon(groups, config.muon_lr, config.weight_decay),
+                      torch.optim.AdamW(rest, lr=config.peak_lr, **adamw)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr_ratio"] = group["lr"] / config.peak_lr
@@ -259,13 +218,13 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 
 
 def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs: torch.Tensor, targets: torch.Tensor,
-               lr: float, rank: int = 0, n_ranks: int = 1,
-               micro_batch_size: int | None = None,
+               lr: float, rank: int = 0, n_ranks: int = 1, micro_batch_size: int | None = None,
                candidates: tuple[torch.Tensor, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """Make one update on inputs and targets [B, T] and return (summed nats of this rank's rows, gradient norm).
 
-    The norm is that before clipping. loss: a NextTokenLoss, compiled or within DistributedDataParallel. The update is that of the mean over all targets
-    of the batch, whichever rank or micro-batch they stand in. Of n_ranks processes, each takes every n_ranks-th row.
+    loss: a NextTokenLoss, perhaps compiled or within DistributedDataParallel. Of n_ranks processes, each takes every
+    n_ranks-th row, micro_batch_size rows at once. The update is that of the mean over all targets of the batch,
+    whichever rank and micro-batch they are in; the norm is the one before clipping.
     """
     weight = n_ranks / (targets != IGNORED).sum()             # DistributedDataParallel takes the mean over ranks
     if rank < len(inputs):
@@ -287,5 +246,5 @@ def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs:
             group["lr"] = lr * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
-    torch.autograd.graph.increment_version(parameters)        # fused optimizers do not, and generation looks at it
+    torch.autograd.graph.increment_version(parameters)        # generation looks at it; fused optimizers do not raise it
     return nats, grad_norm

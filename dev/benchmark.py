@@ -25,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cli
+
 
 def cpu_s() -> float:
     """Return the CPU time of this process so far."""
@@ -56,7 +58,8 @@ def generate(args: argparse.Namespace) -> dict:
         raise SystemExit(code)
     n = seen["n_requests"]
     return {"n_requests": n, "latency_s": args.latency, "concurrency": args.concurrency, "wall_s": round(wall_s, 2),
-            "requests_per_s": round(n / wall_s, 1), "share_of_ideal": round(n / wall_s * args.latency / args.concurrency, 3),
+            "requests_per_s": round(n / wall_s, 1),
+            "share_of_ideal": round(n / wall_s * args.latency / args.concurrency, 3),
             "most_in_flight": seen["most_in_flight"], "cpu_ms_per_request": round(cpu / n * 1000, 2),
             "kilobytes_per_answer": round(n_bytes / n / 1000, 2), "n_cores": os.cpu_count()}
 
@@ -81,10 +84,10 @@ def data_of_size(n_bulletins: int, n_jobs: int, tokenizer: Path) -> dict:
         _, again_s, _ = measured("cleaning", cleaning.write_corpus, raw, out, n_jobs)
         tokens, encode_s, encode_gb = measured("data", n_tokens_of, out, tokenizer)
         _, cached_s, _ = measured("data", n_tokens_of, out, tokenizer)
-    return {"raw_bulletins": n_bulletins, "accepted": report["train"] + report["validation"], "rejected": report["rejected"],
-            "clean_s": clean_s, "bulletins_per_s": round(n_bulletins / clean_s), "clean_peak_gb": clean_gb,
-            "clean_again_s": again_s, "n_tokens": tokens, "encode_s": encode_s, "encode_peak_gb": encode_gb,
-            "start_from_cache_s": cached_s, "n_jobs": n_jobs}
+    return {"raw_bulletins": n_bulletins, "accepted": report["train"] + report["validation"],
+            "rejected": report["rejected"], "clean_s": clean_s, "bulletins_per_s": round(n_bulletins / clean_s),
+            "clean_peak_gb": clean_gb, "clean_again_s": again_s, "n_tokens": tokens, "encode_s": encode_s,
+            "encode_peak_gb": encode_gb, "start_from_cache_s": cached_s, "n_jobs": n_jobs}
 
 
 def n_tokens_of(folder: Path, tokenizer: Path) -> int:
@@ -114,8 +117,8 @@ def measure_here(module: str, work, args: tuple) -> tuple:
 def sample(args: argparse.Namespace) -> dict:
     """Time GPT.generate in both precisions beside transformers' GPT-2 with the same weights; all of it greedy.
 
-    Rounds of all in turn; the best of each counts. The loop without a cache, one prompt at a time as the original had it,
-    runs once, and says whether float32 writes the same ids.
+    Rounds of all in turn; the best of each counts. The loop without a cache, one prompt at a time as the original had
+    it, runs once, and says whether float32 writes the same ids.
     """
     import torch
     from config import Config
@@ -136,7 +139,8 @@ def sample(args: argparse.Namespace) -> dict:
         n = n_prompts * args.new_tokens
         figures[f"prompts_{n_prompts}"] = {
             "tokens_per_s": {name: round(n / s, 1) for name, s in seconds.items()},
-            "times_transformers": {name: round(seconds["transformers"] / seconds[name], 2) for name in ("float32", "bfloat16")},
+            "times_transformers": {name: round(seconds["transformers"] / seconds[name], 2)
+                                   for name in ("float32", "bfloat16")},
             "same_ids_as_transformers": texts["float32"] == texts["transformers"]}
     started = time.perf_counter()
     text = uncached(model, prompts[0], args.new_tokens)
@@ -151,7 +155,8 @@ def transformers_of(model):
     from transformers import GPT2Config, GPT2LMHeadModel
     sizes = {theirs: getattr(model.config, ours) for ours, theirs in export.GPT2_SIZES.items()}
     twin = GPT2LMHeadModel(GPT2Config(**export.GPT2_SETTINGS, **sizes, **export.TOKEN_IDS, tie_word_embeddings=False))
-    twin.load_state_dict({name: export.turned(name, weight) for name, weight in export.weights_with_biases(model).items()})
+    weights = export.weights_with_biases(model)
+    twin.load_state_dict({name: export.turned(name, weight) for name, weight in weights.items()})
     return twin.eval()
 
 
@@ -205,6 +210,10 @@ def agreement(folder: Path, n_headlines: int) -> dict:
     return {"model": str(folder), "n_headlines": len(prompts), **shares}
 
 
+def report(figures: dict, as_json: bool) -> None:
+    print(json.dumps(figures) if as_json else "\n".join(f"{name:<24}{value}" for name, value in figures.items()))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -223,10 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--new-tokens", type=int, default=84, help="default: %(default)s")
     one.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     one.add_argument("--headlines", type=int, default=200, help="to compare bfloat16 on (default: %(default)s)")
-    one = commands.add_parser("train", help="steps a second of the published recipe, beside a plain loop")
+    one = commands.add_parser("train", help="steps a second of a config's recipe, beside a plain loop")
     one.set_defaults(command=train)
-    one.add_argument("--config", type=Path, nargs="+", default=[Path(f"configs/{size}.json") for size in ("3M", "11M", "59M")],
-                     help="default: the published 3M, 11M and 59M")
+    one.add_argument("--config", type=Path, nargs="+", help="default: the published 3M, 11M and 59M",
+                     default=[Path(f"configs/{size}.json") for size in ("3M", "11M", "59M")])
     one.add_argument("--data", type=Path, default=Path("training_data"), help="corpus folder (default: %(default)s)")
     one.add_argument("--steps", type=int, default=16, help="of each way in each round (default: %(default)s)")
     one.add_argument("--rounds", type=int, default=3, help="of which the fastest counts (default: %(default)s)")
@@ -237,14 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--bulletins", type=int, nargs="+", default=[10_000, 100_000], metavar="N",
                      help="sizes of the raw corpora (default: 10000 100000)")
     one.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores, %(default)s)")
-    one.add_argument("--tokenizer", type=Path, default=ROOT / "tokenizers" / "tinynewstokenizer8192.model", metavar="FILE",
-                     help="default: the bundled one of 8,192 pieces")
+    one.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the bundled one of 8,192 pieces",
+                     default=ROOT / "tokenizers" / "tinynewstokenizer8192.model")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args(argv)
-    figures = args.command(args)
-    print(json.dumps(figures) if args.json else "\n".join(f"{name:<24}{value}" for name, value in figures.items()))
-    return 0
+    return cli.run(lambda: report(args.command(args), args.json))
 
 
 if __name__ == "__main__":

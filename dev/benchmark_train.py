@@ -19,25 +19,32 @@ LR = 1e-4
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Time steps of the published recipe and of a plain loop, in turns, on the same bulletins."""
-    figures = {"device": str(pick_device(args.device)), "precision": str(faster_dtype(pick_device(args.device)))}
+    """Time steps of each config's recipe and of a plain loop, in turns, on the same bulletins."""
+    device = pick_device(args.device)
+    figures = {"device": str(device), "precision": str(faster_dtype(device))}
     for path in args.config:
         config = Config.load(path)
         tokens = load_split(args.data, "train", Path(f"tokenizers/tinynewstokenizer{config.model.vocab_size}.model"),
                             config.model.context_length)
-        figures |= {f"{path.stem}, {name}": value for name, value in steps_of(config, tokens, args).items()}
+        figures |= {f"{path.stem}, {name}": value for name, value in steps_of(config, tokens, device, args).items()}
     return figures
 
 
-def steps_of(config: Config, tokens: Tokens, args: argparse.Namespace) -> dict:
-    """Return steps and real tokens a second of each way to train, and how many times the plain loop's steps they are."""
-    device, batch_size = pick_device(args.device), config.train.batch_size
+def steps_of(config: Config, tokens: Tokens, device: torch.device, args: argparse.Namespace) -> dict:
+    """Return steps and tokens a second of each way to train, padding not counted, and how many times plain's they are.
+
+    Raises ValueError if the corpus does not fill the steps.
+    """
+    batch_size = config.train.batch_size
+    if len(tokens) < args.steps * batch_size:
+        raise ValueError(f"--steps {args.steps}: take {args.steps * batch_size:,} bulletins, but the corpus has "
+                         f"{len(tokens):,}")
     tokens.to(device)
-    rng = np.random.default_rng(0)
-    chosen = rng.permutation(len(tokens))[:args.steps * batch_size]
+    chosen = np.random.default_rng(0).permutation(len(tokens))[:args.steps * batch_size]
     by_length = chosen[np.argsort(tokens.lengths[chosen])].reshape(args.steps, batch_size)
     as_they_come = chosen.reshape(args.steps, batch_size)
-    ways = {"plain": (plain_steps(config, tokens, device), as_they_come), "ours": (our_steps(config, tokens, device), by_length)}
+    ways = {"plain": (plain_steps(config, tokens, device), as_they_come),
+            "ours": (our_steps(config, tokens, device), by_length)}
     if args.compile:
         ways["ours, compiled"] = our_steps(config, tokens, device, is_compiled=True), by_length
     best = dict.fromkeys(ways, float("inf"))
@@ -57,6 +64,7 @@ def steps_of(config: Config, tokens: Tokens, args: argparse.Namespace) -> dict:
 
 
 def our_steps(config: Config, tokens: Tokens, device: torch.device, is_compiled: bool = False) -> Callable:
+    """Return what makes one step of train.py on the bulletins of the given indices."""
     model = GPT(config.model).to(device).train()
     initialise(model, config.train, tokens.ids)
     loss, optimizers = NextTokenLoss(model, faster_dtype(device)), make_optimizers(model, config.train)
@@ -71,7 +79,7 @@ def our_steps(config: Config, tokens: Tokens, device: torch.device, is_compiled:
 
 
 def plain_steps(config: Config, tokens: Tokens, device: torch.device) -> Callable:
-    """The loop that most people would write: float32, eager, AdamW one tensor at a time, padded batches as they come."""
+    """Return the step that most people would write: float32, eager, AdamW one tensor at a time."""
     model = GPT(config.model).to(device).train()
     initialise(model, config.train, tokens.ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.train.weight_decay, foreach=False)

@@ -2,8 +2,9 @@
 
 Reads:   one or more configs; --vary changes one key of them, several --vary every combination.
 Writes:  --out, a JSON file with the log of every run, filled run by run: started again, it trains only what is missing.
-         Beside it a figure (.png) of validation loss against time. Prints mean and range of the last loss over the seeds.
-Run:     python dev/sweep.py --config configs/3M.json --vary train.peak_lr 1e-4 1e-3 1e-2 --max-steps 500 --out results/sweeps/lr.json
+         Beside it a figure (.png) of validation loss against time. Prints mean and range of the last loss over seeds.
+Run:     python dev/sweep.py --config configs/3M.json --vary train.peak_lr 1e-4 1e-3 1e-2 --max-steps 500 \\
+             --out results/sweeps/lr.json
 """
 import argparse
 import itertools
@@ -27,15 +28,18 @@ from record import read_log
 def variants(paths: list[Path], vary: list[list[str]]) -> dict[str, dict]:
     """Return the JSON of each config in every combination of the varied keys, by name.
 
-    Raises ValueError for a key that configs do not have or a value that it cannot take.
+    Raises ValueError for a config that does not say how to train, a key that configs do not have or a value that it
+    cannot take.
     """
     found: dict[str, dict] = {}
     for key, *values in vary:
         if not values or key == "train.seed":
-            raise ValueError(f"--vary {key}: " + ("expected values after the key" if not values else "seeds are --seeds"))
+            raise ValueError(f"--vary {key}: " + ("seeds are --seeds" if values else "expected values after the key"))
     for path in paths:
         for values in itertools.product(*(options for _, *options in vary)):
             config = Config.load(path).to_json()
+            if "train" not in config:
+                raise ValueError(f"{path}: missing key train")
             for (key, *_), value in zip(vary, values):
                 part, _, name = key.partition(".")
                 try:
@@ -120,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, nargs="+", required=True, help="config files")
     parser.add_argument("--vary", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"),
                         help="a key, such as train.peak_lr, and its values")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, 2 ... (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1,
+                        help="runs of each, with seeds 0, 1, 2 ... (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="as train.py")
     parser.add_argument("--max-minutes", type=float, help="as train.py")
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help="as train.py")

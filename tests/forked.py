@@ -14,14 +14,16 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "torch._dynamo", "matplotlib.pyplot"])
 
 
-def start(arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str) -> ForkServerProcess:
+def start(arguments: list[str], log: Path, prepare: Callable[[], None] | None = None,
+          **environment: str) -> ForkServerProcess:
     """Start `train.py ARGUMENTS`, whose output goes to a file; prepare(), of a module's top level, is called before."""
     process = FORKS.Process(target=_run, args=(arguments, log, prepare, environment))
     process.start()
     return process
 
 
-def start_ranks(n: int, arguments: list[str], logs: Path, prepare: Callable[[], None] | None = None) -> list[ForkServerProcess]:
+def start_ranks(n: int, arguments: list[str], logs: Path,
+                prepare: Callable[[], None] | None = None) -> list[ForkServerProcess]:
     """Start n processes of one run, as torchrun does; the output of process i goes to the file "i" of a folder."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]

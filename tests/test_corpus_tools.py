@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
 
+import benchmark
 import enlarge
 import superwords
 from bulletins import bulletin_of
@@ -36,3 +37,9 @@ def test_superwords_makes_two_folders_to_train_from(small, tmp_path, capsys):
         assert (tmp_path / name / "tokenizer.vocab").exists()
         assert ["python", "train.py", "--config", str(tmp_path / name / "config.json")] in [row[:4] for row in table]
     assert (tmp_path / "words" / "tokenizer.model").read_bytes() == (small / "tokenizer.model").read_bytes()
+
+
+def test_a_benchmark_of_more_steps_than_the_corpus_fills_is_one_line(small, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert benchmark.main(["train", "--config", "configs/3M.json", "--data", str(small)]) == 2
+    assert capsys.readouterr().err == "error: --steps 16: take 128 bulletins, but the corpus has 120\n"

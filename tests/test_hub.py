@@ -13,8 +13,9 @@ import pytest
 from corpus import find_corpus
 from hub import find_folder
 
-FILES = {"README.md": b"a card", "train-000.txt.xz": b"not wanted whole here", "train.txt": b"storm </h> it rained.\n" * 9,
-         "validation.txt": b"sun </h> it was dry.\n", "big.bin": b"\0" * 99}
+FILES = {"README.md": b"a card", "train-000.txt.xz": b"not wanted whole here",
+         "train.txt": b"storm </h> it rained.\n" * 9, "validation.txt": b"sun </h> it was dry.\n",
+         "big.bin": b"\0" * 99}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -59,11 +60,12 @@ def hub():
 
 def find_in_process(name: str, hub, home: Path) -> subprocess.CompletedProcess:
     """Look a corpus up in a process of its own, as huggingface_hub reads its settings when it is imported."""
-    code = "import sys, corpus\ntry: print(corpus.find_corpus(sys.argv[1]))\nexcept FileNotFoundError as e: sys.exit(str(e))"
+    code = ("import sys, corpus\ntry: print(corpus.find_corpus(sys.argv[1]))\n"
+            "except FileNotFoundError as e: sys.exit(str(e))")
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home),
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60, env=environment,
-                          cwd=Path(__file__).parent.parent)
+    return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60,
+                          env=environment, cwd=Path(__file__).parent.parent)
 
 
 def test_a_dataset_is_fetched_once(hub, tmp_path):

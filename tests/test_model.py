@@ -144,8 +144,9 @@ def test_filters_keep_what_they_say():
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
 
 
-@pytest.mark.parametrize("prompts, message", [([[]], "holds 0 tokens"), ([[1] * 65], "holds 65 tokens"),
-                                              ([[1, 512]], "outside the vocabulary"), ([[-1]], "outside the vocabulary")])
+@pytest.mark.parametrize("prompts, message", [
+    ([[]], "holds 0 tokens"), ([[1] * 65], "holds 65 tokens"), ([[1, 512]], "outside the vocabulary"),
+    ([[-1]], "outside the vocabulary")])
 def test_bad_prompts(tiny, prompts, message):
     with pytest.raises(ValueError, match=message):
         tiny.generate(prompts, 5)
@@ -171,9 +172,10 @@ def test_attention_is_what_the_blocks_compute(golden):
         assert weights.shape == (model.config.n_layers, n_rows, model.config.n_heads, n_tokens, n_tokens)
         assert torch.allclose(weights.sum(-1), torch.ones(1), atol=1e-5)
         assert torch.equal(weights, weights.tril())
-        for layer, (att, x, output) in enumerate(calls):           # weights @ values, projected, is the block's attention
+        for layer, (att, x, output) in enumerate(calls):         # weights @ values, projected, is the block's attention
             values = att.qkv(x).chunk(3, dim=-1)[2].view(n_rows, n_tokens, model.config.n_heads, -1).transpose(1, 2)
-            assert torch.allclose(att.proj((weights[layer] @ values).transpose(1, 2).flatten(2)), output, atol=1e-5)
+            mixed = (weights[layer] @ values).transpose(1, 2).flatten(2)
+            assert torch.allclose(att.proj(mixed), output, atol=1e-5)
         assert len(calls) == model.config.n_layers
     with pytest.raises(ValueError, match="do not fit the context"):
         model.attention(torch.zeros(1, 65, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""What a training step computes: the loss, the optimizers, batches in parts; and that each key of a recipe has an effect."""
+"""What a training step computes: the loss, the optimizers, batches in parts; each key of a recipe has an effect."""
 import copy
 import dataclasses
 import math
@@ -13,8 +13,10 @@ import recipe
 from config import ModelConfig, TrainConfig
 from data import IGNORED
 from model import GPT
+from muon import Muon
 
-MODEL = ModelConfig(vocab_size=64, context_length=16, d_embedding=16, d_intermediate=32, n_heads=2, n_layers=2, qkv_bias=False)
+MODEL = ModelConfig(vocab_size=64, context_length=16, d_embedding=16, d_intermediate=32, n_heads=2, n_layers=2,
+                    qkv_bias=False)
 TEXT = np.random.default_rng(0).zipf(1.3, 4000).clip(max=60).astype(np.uint16) + np.uint16(3)         # ids end to end
 TRAIN = TrainConfig(peak_lr=0.01, warmup_ratio=0.1, n_epochs=1, batch_size=4, weight_decay=0.1)
 
@@ -66,7 +68,8 @@ def test_in_bfloat16_the_loss_is_near():
 @pytest.mark.parametrize("size, n_candidates", [(1, 0), (2, 0), (3, 0), (5, 0), (100, 0), (2, 60)])
 def test_micro_batches_give_the_numbers_of_the_whole_batch(size, n_candidates):
     config = dataclasses.replace(TRAIN, n_candidates=n_candidates)
-    torch.testing.assert_close(weights_after(config, micro_batch_size=size), weights_after(config), rtol=1e-4, atol=1e-5)
+    parts, whole = weights_after(config, micro_batch_size=size), weights_after(config)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_rows, n_ranks", [(5, 2), (5, 3), (1, 2)])
@@ -123,11 +126,12 @@ def test_the_first_weights_know_the_bigrams_of_the_text():
     for init in ("small", "bigram"):
         model = GPT(wide)
         recipe.initialise(model, dataclasses.replace(TRAIN, init=init), text.ravel())
-        losses[init] = F.cross_entropy(model(torch.from_numpy(text[:, :1].astype(int))).flatten(0, 1),
-                                       torch.from_numpy(text[:, 1].astype(int))).item()
+        ids = torch.from_numpy(text.astype(int))
+        losses[init] = F.cross_entropy(model(ids[:, :1]).flatten(0, 1), ids[:, 1]).item()
     assert losses["small"] > math.log(50) and losses["bigram"] < math.log(2) + 0.25
     with pytest.raises(ValueError, match="d_embedding of at least 4"):
-        recipe.initialise(GPT(dataclasses.replace(MODEL, d_embedding=2)), dataclasses.replace(TRAIN, init="bigram"), TEXT)
+        narrow = GPT(dataclasses.replace(MODEL, d_embedding=2))
+        recipe.initialise(narrow, dataclasses.replace(TRAIN, init="bigram"), TEXT)
 
 
 def test_candidates_hold_every_target_and_the_softmax_is_right_on_average():
@@ -153,14 +157,15 @@ def test_where_all_pieces_are_candidates_the_loss_is_the_whole_one():
 @pytest.mark.parametrize("shape", [(2, 48, 16), (1, 16, 48), (3, 16, 16)])
 def test_muon_makes_every_singular_value_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(recipe.Muon.orthogonalised(matrices))
+    values = torch.linalg.svdvals(Muon.orthogonalised(matrices))
     assert values.min() > 0.3 and values.max() < 1.3 and values.mean() == pytest.approx(0.9, abs=0.15)
 
 
 def test_muon_takes_the_step_of_pytorchs():
     """Up to the bfloat16 of torch.optim.Muon, and for matrices that are not stacks of three."""
     ours, theirs = (torch.nn.Parameter(torch.ones(16, 32)) for _ in range(2))
-    first, second = recipe.Muon([{"params": [ours], "n_parts": 1}], 0.02, 0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    first = Muon([{"params": [ours], "n_parts": 1}], 0.02, 0.1)
+    second = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
     for seed in range(3):
         ours.grad = theirs.grad = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
         first.step(), second.step()
@@ -172,8 +177,8 @@ def test_muon_takes_the_three_parts_of_a_stack_by_themselves():
     stack.grad = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     for part, grad in zip(parts, stack.grad.chunk(3)):
         part.grad = grad
-    recipe.Muon([{"params": [stack], "n_parts": 3}], 0.02, 0.1).step()
-    recipe.Muon([{"params": parts, "n_parts": 1}], 0.02, 0.1).step()
+    Muon([{"params": [stack], "n_parts": 3}], 0.02, 0.1).step()
+    Muon([{"params": parts, "n_parts": 1}], 0.02, 0.1).step()
     torch.testing.assert_close(stack.data, torch.cat([part.data for part in parts]))
 
 
@@ -208,7 +213,9 @@ def test_muon_goes_on_from_its_state():
 
 def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
     monkeypatch.setattr(devices, "WORTH_COMPILING_S", 0)
-    monkeypatch.setattr(torch, "compile", lambda loss, **options: lambda *batch: (_ for _ in ()).throw(RuntimeError("no g++")))
+    def fail(*batch):
+        raise RuntimeError("no g++")
+    monkeypatch.setattr(torch, "compile", lambda loss, **options: fail)
     _, loss, _ = new()
     assert not devices.pays_to_compile(loss, batch(), 1000, torch.bfloat16)
     assert "is there a C++ compiler?" in capsys.readouterr().err and all(p.grad is None for p in loss.parameters())
@@ -219,7 +226,16 @@ def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch):
     _, loss, _ = new()
     assert not devices.pays_to_compile(loss, batch(), 1, torch.bfloat16)
     assert not devices.pays_to_compile(loss, batch(), 10**9, torch.float32)
-    assert all(p.grad is None for p in loss.parameters())             # the first step must not find gradients of a trial
+    assert all(p.grad is None for p in loss.parameters())             # the first step must not find any of a trial
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert devices.pick_device(None) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="--device cuda: 1 on this machine, too few"):
+        devices.pick_device(None)
 
 
 @pytest.mark.slow

@@ -24,11 +24,19 @@ def test_a_sweep_trains_what_is_missing_and_nothing_twice(small, tmp_path, capsy
     before = json.loads(out.read_text())
     assert list(before) == ["config peak_lr=1e-5 seed 0", "config peak_lr=1e-2 seed 0"]
     asked = []
-    monkeypatch.setattr(sweep, "train_one", lambda config, args: asked.append(config["train"]) or before[next(iter(before))])
+    kept = before[next(iter(before))]
+    monkeypatch.setattr(sweep, "train_one", lambda config, args: asked.append(config["train"]) or kept)
     assert sweep.main(arguments(small, out, *vary, "--seeds", "2")) == 0
     assert [(train["peak_lr"], train["seed"]) for train in asked] == [(1e-5, 1), (1e-2, 1)]
     assert sweep.main([*arguments(small, out, *vary), "--max-steps", "5"]) == 2
     assert "holds 'config peak_lr=1e-5 seed 0' with other settings" in capsys.readouterr().err
+
+
+def test_a_config_that_does_not_say_how_to_train_is_one_line(small, tmp_path, capsys):
+    config = json.loads((small / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"model": config["model"]}))
+    assert sweep.main(arguments(small, tmp_path / "out.json", "--config", str(tmp_path / "config.json"))) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'config.json'}: missing key train\n"
 
 
 @pytest.mark.parametrize("vary, message", [

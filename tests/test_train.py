@@ -31,7 +31,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def test_the_published_recipe_step_by_step(case):
     config, expected = Config.load(GOLDEN / case).train, load_file(GOLDEN / case / "expected.safetensors")
     documents = torch.split(expected["recipe.tokens"].long(), expected["recipe.lengths"].tolist())
-    batches = [documents[i:i + config.batch_size] for i in range(0, len(documents), config.batch_size)] * config.n_epochs
+    starts = range(0, len(documents), config.batch_size)
+    batches = [documents[i:i + config.batch_size] for i in starts] * config.n_epochs
     model = GPT.from_pretrained(GOLDEN / case).train()
     loss, optimizers = recipe.NextTokenLoss(model, torch.float32), recipe.make_optimizers(model, config)
     for step, batch in enumerate(batches, 1):
@@ -201,6 +202,8 @@ def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop(finished, small,
     (["--data", "nowhere"], "nowhere: no train.txt"),
     (["--tokenizer", "nowhere.model"], "nowhere.model: no such tokenizer"),
     (["--tokenizer", "README.md"], "README.md: not a sentencepiece model"),
+    (["--tokenizer", "tokenizers"], "Is a directory: 'tokenizers'"),
+    (["--out", "README.md"], "File exists: 'README.md'"),
     (["--device", "mps"], "not present"),
     (["--config", "configs/3M.json"], "vocab_size is 8,192"),
 ])
@@ -408,7 +411,7 @@ def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, caps
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     log = without_times(out / "log.jsonl")
     assert log == without_times(whole / "log.jsonl")
-    shown = float(re.search(r"20/45 .*loss ([\d.]+),", (logs / "0").read_text())[1])    # of two steps since the last entry
+    shown = float(re.search(r"20/45 .*loss ([\d.]+),", (logs / "0").read_text())[1])    # 2 steps since the last entry
     assert log[3]["step"] == 18 and shown == pytest.approx(log[4]["loss"], abs=0.5)
 
 
