@@ -1,11 +1,12 @@
 """A judge's answers: read, however broken, and compared between models.
 
-A judgement is the text in which a large model judges one bulletin, ending in a score of 1 to 5. `evaluate.py report`
-prints what stands here; `read_answer` gives the score of one answer.
+A judgement is the text in which a large model judges one bulletin, ending in a score of 1 to 5. `read_answer` gives
+the score of one answer; `report_of` makes what `evaluate.py report` prints.
 """
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable
 from itertools import combinations
@@ -16,10 +17,11 @@ import numpy as np
 
 import answers
 import stats
+from bulletins import ASCII_PUNCTUATION
 
 LOWEST, HIGHEST = 1, 5        # the judge's scale
 ALPHA, POWER = 0.05, 0.8
-# Names of what is judged in every run of `evaluate.py judge` to see whether the judge can judge.
+# Names of the texts that every run of `evaluate.py judge` adds, to see whether the judge can judge.
 REAL = "real text"
 DAMAGED = ("shuffled sentences", "swapped headline", "repeated phrase")
 CONTROLS = (REAL, *DAMAGED)
@@ -27,20 +29,26 @@ CONTROLS = (REAL, *DAMAGED)
 # ---------------------------------------------------------------- a judge's answer
 
 PREFILLED = '{"notes": "'
-NUMBER = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*5)?")
-THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+NUMBER = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*5)?(?:\s*[(:][^0-9]*)?")      # 4, 4/5, "4: good"
+WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
-# The key "evaluation" with its value, in JSON too broken to be parsed. Notes may hold the word, even in quotes, so it
-# counts only where a brace, or a comma and the next key, follows the value. Where the key stands in its place, after a
-# closed string, an open brace or a line break, the end of the line or of the text will do, or a remark.
+DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
+# The key "evaluation" and its value, in JSON too broken to be parsed. Notes may hold the word, even in quotes, so it
+# counts only if a brace, or a comma and the next key, follows the value. Where a key belongs (after a closing quote or
+# bracket, after an opening brace, or on a new line) the end of the line or of the text, or a remark, will do.
 EVALUATION = re.compile(r"""
-    (?P<in_place> (?: ["'”] (?: \s* , )? | \{ ) \s* | \n [^\S\n]* )?
-    (?<!\\) ["'“”] (?i:evaluation) (?<!\\) ["'“”] \s* : \s*
-    ["'“]? (?P<value> [^\s,{}()\[\]<>"'“”]+ (?: \s* (?: / | out\ of ) \s* 5 )? ) ["'”]?
-    (?: (?P<goes_on> \s* , \s* ["'“] )
+    (?P<in_place> (?: ["'}\]] (?: \s* , )? | \{ ) \s* | \n [^\S\n]* )?
+    (?<!\\) ["'] \s* (?i:evaluation) \s* (?<!\\) ["'] \s* : \s*
+    ["']? (?P<value> [^\s,{}()\[\]<>"']+ (?: \s* (?: / | out\ of ) \s* 5 )? ) ["']?
+    (?: (?P<goes_on> \s* , \s* ["'] )
       | (?: \s* , )? \s* [{}\]<]
-      | (?(in_place) (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: \( | // | \# | [A-Z] ) ) | (?!) ) )
+      | (?(in_place) (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: \( | /[/*] | \# | [A-Z] ) ) | (?!) ) )
     """, re.VERBOSE)
+# The same where it is hardly JSON: a key that lost a quote or both, or has them all escaped, or a line such as
+# "**Evaluation:** 4". It counts only as the last thing that an answer says.
+LABEL = re.compile(r"""
+    (?: \A | \n | \{ | ["'] \s* , ) [\ \t\\"'*_\#]* (?i:evaluation) [\s\\"'*_]* : [\s\\"'*_]*
+    (?P<value> [0-9]+ (?: \.[0-9]+ )? (?: \s* (?: / | out\ of ) \s* 5 )? ) [\s\\"'*_`}\]]* \Z""", re.VERBOSE)
 
 
 class Reading(NamedTuple):
@@ -52,51 +60,79 @@ class Reading(NamedTuple):
 def read_answer(text: str | None) -> Reading:
     """Return the score that a judge's answer gives, or why it gives none; a score is never guessed.
 
-    The answer is a JSON object or the continuation of one that begins with PREFILLED, often broken: line breaks and
-    quotes inside the notes, text or a second object after the brace, a code fence, an end in the middle. The first
-    object that gives a score counts.
+    The answer is a JSON object or the continuation of one that begins with PREFILLED. It is often broken: line breaks
+    and quotes inside the notes, text around the object, a second object, an end in the middle. The first object that
+    gives an evaluation counts.
 
     >>> read_answer('The plot is "odd", but\\nsimple.", "evaluation": "4"} Done.')
     Reading(score=4.0, problem=None)
     >>> read_answer('I would give it an evaluation: 4, if the')
     Reading(score=None, problem='cut off before the evaluation')
     """
-    text = CODE_FENCE.sub("", THINKING.sub("", text or "")).strip()
+    text = CODE_FENCE.sub("", without_thinking(text or "")).strip()
     if not text:
         return Reading(None, "empty")
-    try:
-        parsed, _ = json.JSONDecoder(strict=False).raw_decode(text if text.startswith("{") else PREFILLED + text)
-        return score_of(parsed["evaluation"])
-    except (ValueError, KeyError, RecursionError):
-        pass
-    value = first_evaluation(text)
-    if value is None and '"' not in text.replace('\\"', "") and "}" in text:
-        # Every quote is escaped: those of the JSON too, or only quotes inside notes that never ended.
-        value = first_evaluation(text.replace('\\"', '"'), must_be_in_place=True)
-    if value is not None:
-        return score_of(value)
-    return Reading(None, "no evaluation" if "}" in text else "cut off before the evaluation")
+    values, rest = sound_evaluations(text)
+    if values:
+        return score_of(values[0])
+    # Typographic quotes and full-width characters become plain ones, which would have spoiled sound JSON.
+    value = broken_evaluation(unicodedata.normalize("NFKC", rest.translate(ASCII_PUNCTUATION)))
+    if value is None:
+        return Reading(None, "no evaluation" if "}" in text else "cut off before the evaluation")
+    return score_of(value)
 
 
-def first_evaluation(text: str, must_be_in_place: bool = False) -> str | None:
+def without_thinking(text: str) -> str:
+    """Return an answer without what a model thought before it; some servers leave out the tag that opens it."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def sound_evaluations(text: str) -> tuple[list, str]:
+    """Return the values of "evaluation" in the first sound JSON object of a text, and what is left to search.
+
+    An object without any is cut out of what is left: what its notes say is no evaluation.
+    """
+    before, brace, after = text.partition("{")
+    for before, candidate in (("", PREFILLED + text), (before, brace + after)):
+        if "evaluation" in before.lower():
+            break                                 # it may be that of a broken object, which then goes first
+        try:
+            parsed, end = DECODER.raw_decode(candidate)
+            return evaluations_in(parsed), before + candidate[end:]
+        except (ValueError, RecursionError):
+            continue
+    return [], text
+
+
+def evaluations_in(parsed) -> list:
+    """Return the values of "evaluation" in parsed JSON, those of an object itself before those of objects inside it."""
+    if not isinstance(parsed, dict | list):
+        return []
+    members = list(parsed.items()) if isinstance(parsed, dict) else [("", value) for value in parsed]
+    own = [value for key, value in reversed(members) if key.strip().lower() == "evaluation"]
+    return own + [found for _, value in members for found in evaluations_in(value)]
+
+
+def broken_evaluation(text: str) -> str | None:
     """Return the value of "evaluation" in the first object of broken JSON; the last one if it stands there twice."""
     value = None
     for match in EVALUATION.finditer(text):
-        if must_be_in_place and match["in_place"] is None:
-            continue
         value = match["value"]
         if match["goes_on"] is None:
             break
+    if value is None and (label := LABEL.search(text)):
+        value = label["value"]
     return value
 
 
 def score_of(value) -> Reading:
-    """Return the score that a value of "evaluation" stands for: 4, 4.0, "4", "4/5"; half points stay half points."""
-    match = NUMBER.fullmatch(str(value).strip(" *\n"))
+    """Return the score that a value of "evaluation" stands for: 4, "4/5", "4: good", "four". Half points are kept."""
+    text = unicodedata.normalize("NFKC", str(value)).strip(" *\n\"'").lower()
+    match = NUMBER.fullmatch(WORDS.get(text, text))
     if match is None or isinstance(value, bool):
-        return Reading(None, f"not a number: {str(value)[:20]}")
+        return Reading(None, f"not a number: {value!r:.20}")
     score = float(match[1])
-    return Reading(score) if LOWEST <= score <= HIGHEST else Reading(None, f"outside {LOWEST} to {HIGHEST}: {match[0][:20]}")
+    return Reading(score) if LOWEST <= score <= HIGHEST else Reading(None, f"outside {LOWEST} to {HIGHEST}: {text:.20}")
 
 
 # ---------------------------------------------------------------- report
@@ -105,18 +141,19 @@ def score_of(value) -> Reading:
 class Judgement(NamedTuple):
     unit: Hashable            # what was judged: a headline, or a place in the list
     reading: Reading
-    sample: Hashable = None   # which bulletin on this headline, where the file tells: its answers are repeats
+    sample: Hashable = None   # which bulletin on this headline, if the file tells: answers on the same one are repeats
 
 
 def read_judgements(path: Path, is_paired: bool) -> tuple[dict[str, list[Judgement]], bool]:
     """Read {name: [answer, ...]}; return the judgements of each name, and whether units are shared between names.
 
-    An answer is the judge's text, null where none came, or {"headline": ..., "text": ...}: then answers on one
-    headline belong together, within a name and between names; a "sample" besides tells which are on the same bulletin.
-    `is_paired` says that the answers of all names stand in the same order of headlines.
+    An answer is the judge's text, null if none came, or {"headline": ..., "text": ...}: then answers on one headline
+    belong together, within a name and between names, and an optional "sample" tells which are on the same bulletin.
+    `is_paired` says that the answers of all names are on the same headlines, in the same order. Raises ValueError.
     """
     by_name = answers.read_json(path)
-    if not isinstance(by_name, dict) or not by_name or not all(isinstance(value, list) and value for value in by_name.values()):
+    if not isinstance(by_name, dict) or not by_name or not all(
+            isinstance(value, list) and value for value in by_name.values()):
         raise ValueError(f"{path}: expected an object of name: [answer, ...], with at least one answer for each name")
     if is_paired and len({len(value) for value in by_name.values()}) > 1:
         raise ValueError(f"{path}: --paired needs as many answers for each name, but there are "
@@ -134,7 +171,7 @@ def judgement_of(answer, place: int, where: str) -> Judgement:
     if isinstance(answer, dict) and "text" in answer:
         headline, sample, answer = answer.get("headline"), answer.get("sample"), answer["text"]
         if not isinstance(headline, str) or not isinstance(sample, int | str | None):
-            raise ValueError(f"{where}: an object with the text of an answer needs its headline too, and as sample a number")
+            raise ValueError(f"{where}: an object with text needs a headline too, and its sample, if any, is a number")
     if answer is None or isinstance(answer, str):
         reading = read_answer(answer)
     else:
@@ -151,13 +188,13 @@ def scores_by_unit(judgements: list[Judgement]) -> dict[Hashable, list[float]]:
 
 
 def summarise(judgements: list[Judgement]) -> dict:
-    """Return n, mean, interval, counts of each score, and what the answers without a score could change."""
+    """Return n, mean, interval, count of each score, and the mean had all answers without a score been 1, or 5."""
     by_unit = scores_by_unit(judgements)
     scores = [score for values in by_unit.values() for score in values]
     unparsed = [{"answer": place, "problem": judgement.reading.problem}
                 for place, judgement in enumerate(judgements, 1) if judgement.reading.score is None]
-    # Several answers on one headline are no independent evidence: whole headlines are resampled.
-    low, high = stats.ratio_interval([sum(values) for values in by_unit.values()], [len(values) for values in by_unit.values()])
+    # Several answers on one headline are not independent evidence: whole headlines are resampled.
+    low, high = stats.ratio_interval(list(map(sum, by_unit.values())), list(map(len, by_unit.values())))
     counts = Counter({float(score): 0 for score in range(LOWEST, HIGHEST + 1)})
     counts.update(scores)
     return {"n_answers": len(judgements), "n_scored": len(scores), "n_headlines": len(by_unit),
@@ -170,7 +207,7 @@ def summarise(judgements: list[Judgement]) -> dict:
 def compare(a: dict[Hashable, list[float]], b: dict[Hashable, list[float]], units_are_shared: bool) -> dict:
     """Return the difference of two means with its interval and test: paired if most headlines are shared.
 
-    Only headlines that have a score from both enter a paired test.
+    A headline counts once, with the mean of its scores; in a paired test, only one that has a score from both.
     """
     means_a, means_b = ({unit: sum(values) / len(values) for unit, values in scores.items()} for scores in (a, b))
     shared = [unit for unit in means_a if unit in means_b]
@@ -185,7 +222,7 @@ def compare(a: dict[Hashable, list[float]], b: dict[Hashable, list[float]], unit
 
 
 def retest_noise(judgements: dict[str, list[Judgement]]) -> dict | None:
-    """Return how much the scores of one text differ when it is judged again, None where none was.
+    """Return how much the scores of one text differ when it is judged again; None if none was.
 
     sd: the standard deviation of a score around its text's own mean, in points; share: of the variance of all scores.
     """
@@ -200,7 +237,13 @@ def retest_noise(judgements: dict[str, list[Judgement]]) -> dict | None:
     squares = sum(np.var(scores) * len(scores) for scores in repeats.values())
     variance = float(squares) / sum(len(scores) - 1 for scores in repeats.values())
     total = float(np.var([score for scores in repeats.values() for score in scores]))
-    return {"n_texts": len(repeats), "sd": math.sqrt(variance), "share": min(1.0, variance / total) if total else math.nan}
+    return {"n_texts": len(repeats), "sd": math.sqrt(variance),
+            "share": min(1.0, variance / total) if total else math.nan}
+
+
+def n_tested(pairs: list[dict]) -> int:
+    """Return how many of the pairs could be tested, which is how many Holm's correction is for."""
+    return sum(not math.isnan(pair["p"]) for pair in pairs)
 
 
 def with_holm(pairs: list[dict]) -> list[dict]:
@@ -209,9 +252,9 @@ def with_holm(pairs: list[dict]) -> list[dict]:
 
 
 def controls_of(checks: list[dict]) -> dict | None:
-    """Return whether the judge tells real text from all of its damaged copies; None where it was given none.
+    """Return whether the judge tells real text from damaged text of every kind; None if it was given none.
 
-    A check is a comparison of the two that says with "is_separated" whether real text is better by more than chance.
+    A check is the comparison with one kind; its "is_separated" says whether real text is better by more than chance.
     """
     return {"checks": checks, "are_separated": all(check["is_separated"] for check in checks)} if checks else None
 
@@ -219,7 +262,7 @@ def controls_of(checks: list[dict]) -> dict | None:
 def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) -> dict:
     """Return {"names": {name: summary}, "pairs": [comparison, ...], "retest": noise, "controls": checks}.
 
-    Damaged text is compared with real text only, and its tests are corrected by themselves.
+    Damaged text is compared with real text only; Holm's correction is made for these tests by themselves.
     """
     by_name = {name: scores_by_unit(value) for name, value in judgements.items()}
 
@@ -227,9 +270,9 @@ def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) ->
         pairs = with_holm([{"a": a, "b": b, **compare(by_name[a], by_name[b], units_are_shared)} for a, b in names])
         for pair in pairs:
             pair["low"], pair["high"] = pair.pop("interval")
-            # At the level of Holm's strictest step, so that it is a difference this report would have called one.
+            # At the level of Holm's strictest step: such a difference is found whatever the other tests say.
             pair["smallest_detectable"] = stats.smallest_detectable_difference(
-                *pair.pop("data"), alpha=ALPHA / len(pairs), power=POWER)
+                *pair.pop("data"), alpha=ALPHA / max(1, n_tested(pairs)), power=POWER)
         return pairs
 
     checks = compared([(REAL, damaged) for damaged in DAMAGED if {REAL, damaged} <= by_name.keys()])

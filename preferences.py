@@ -1,6 +1,6 @@
-"""A judge's choices between two stories on one headline, each pair shown in both orders: `evaluate.py judge --pairwise`.
+"""A judge's choices between two stories on one headline, each pair shown in both orders.
 
-`evaluate.py report` prints what stands here.
+`evaluate.py judge --pairwise` asks for them; `evaluate.py report` prints the report that is made here.
 """
 import math
 import re
@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import answers
 import stats
-from judgements import ALPHA, DAMAGED, REAL, THINKING, controls_of, with_holm
+from judgements import ALPHA, DAMAGED, REAL, controls_of, with_holm, without_thinking
 
-BETTER = re.compile(r"""["'“”]better\\?["'“”]\s*:\s*\\?["'“]?(A|B|tie)\b""", re.IGNORECASE)
+# The choice must be all that the value says: "A or B" is none.
+BETTER = re.compile(r"""
+    ["'“”]better\\?["'“”] \s*:\s* \\?["'“]? \s* (?: story\s+ )? (A|B|tie) \s* (?: [\\"'”}\n] | \Z )
+    """, re.IGNORECASE | re.VERBOSE)
 VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}          # for the story that stands first
 
 
@@ -29,7 +32,7 @@ def read_better(text: str | None) -> float | None:
     >>> read_better('A is cut.", "better": "B"}'), read_better('"better": "tie"'), read_better("A, I think")
     (0.0, 0.5, None)
     """
-    said = {match.lower() for match in BETTER.findall(THINKING.sub("", text or ""))}
+    said = {match.lower() for match in BETTER.findall(without_thinking(text or ""))}
     return VALUES[said.pop()] if len(said) == 1 else None
 
 

@@ -44,7 +44,11 @@ SCORED = {
     '{"grammar": 5, "evaluation": 3, "plot": 1}': 3,
     '{"notes": "Fine.", "evaluation": 1}': 1,
     '{"notes": "Fine.", "evaluation": 5}': 5,
-    '{"notes": {"evaluation": 2}, "evaluation": 4}': 4,
+    '{"result": {"notes": "Fine.", "evaluation": 4}}': 4,
+    '{"notes": {"plot": "bad"}, "evaluation": 4': 4,
+    '{"notes": "Fine.", "evaluation": "4 (good)"}': 4,
+    '{"notes": "Fine.", "evaluation": "4: one small fault"}': 4,
+    '{"notes": "Fine.", "evaluation": "Four"}': 4,
     # half points are read as they stand, never cut to 3
     '{"notes": "Fine.", "evaluation": 3.5}': 3.5,
     'He said "so".", "evaluation": 3.5}': 3.5,
@@ -65,6 +69,7 @@ SCORED = {
     'The "evaluation": 3 would be harsh, said "he".", "evaluation": 4}': 4,
     'In JSON: \\"evaluation\\": 3}.", "evaluation": 4}': 4,
     '{"notes": "evaluation 1: 2", "evaluation": 4}': 4,
+    'A "score": 3, a "coherence": 2} and so on.", "evaluation": 4}': 4,
     # text after the closing brace, several objects: the first that gives a score
     'Fine.", "evaluation": 4} I hope that helps! My evaluation: 2.': 4,
     'Fine.", "evaluation": 4}\n\n{"notes": "Another.", "evaluation": 2}': 4,
@@ -80,6 +85,7 @@ SCORED = {
     'Sure:\n```\n{"notes": "Fine.", "evaluation": 4}\n```\nDone.': 4,
     'Fine.", "evaluation": 4\n```': 4,
     '<think>{"evaluation": 1}</think>{"notes": "Fine.", "evaluation": 4}': 4,
+    '\ufeff{"notes": "Fine.", "evaluation": 4}': 4,
     '[{"notes": "Fine.", "evaluation": 4}]': 4,
     # the brace, a quote or a comma lost, or one too many
     'Fine.", "evaluation": 4': 4,
@@ -95,13 +101,35 @@ SCORED = {
     # other quotes and remarks
     "{'notes': 'Fine.', 'evaluation': 4}": 4,
     "{“notes”: “Fine.”, “evaluation”: 4}": 4,
+    "{‘notes’: ‘Fine.’, ‘evaluation’: ‘4’}": 4,
+    '{"notes"："Fine."，"evaluation"：４}': 4,
+    '{"notes": "Fine.", "evaluation": "４"}': 4,
     '{\\"notes\\": \\"Fine.\\", \\"evaluation\\": 4}': 4,
     'Fine.\\", \\"evaluation\\": 4}': 4,
+    '"{\\"notes\\": \\"Fine.\\", \\"evaluation\\": 4}"': 4,
     '{"notes": "Fine.", "Evaluation": 4}': 4,
+    '{"notes": "Fine.", " evaluation": 4}': 4,
+    '{notes: "Fine.", evaluation: 4}': 4,
+    'Fine.", "evaluation: 4"}': 4,
+    'Fine.", evaluation": 4}': 4,
     'Fine.", "evaluation": 4 (good)}': 4,
     'Fine.", "evaluation": 4 // good\n}': 4,
+    'Fine.", "evaluation": 4 /* good */}': 4,
     'Fine.", "evaluation": **4**}': 4,
     'Fine.", "evaluation": 4/5}': 4,
+    'Fine.", "evaluation": four}': 4,
+    # no JSON, but a last line that says which number it is
+    "Notes: fine.\n\nEvaluation: 4": 4,
+    "Notes: fine.\n\n**Evaluation:** 4/5\n": 4,
+}
+
+# Another evaluation comes before the one that counts: what is cut in between may give it.
+REVISED = {
+    '{"notes": {"evaluation": 2}, "evaluation": 4}': 4,
+    '{"notes": {"plot": {"evaluation": 1}}, "Evaluation": 4}': 4,
+    'Sure: {"notes": "Its \'evaluation\': 3} is odd.", "evaluation": 4}': 4,
+    'Fine.\nEvaluation: 3\nThat is harsh.", "evaluation": 4}': 4,
+    'I think {"evaluation": 1}.\n</think>\n{"notes": "Fine.", "evaluation": 4}': 4,
 }
 
 UNSCORED = {
@@ -123,17 +151,24 @@ UNSCORED = {
     'In JSON: \\"evaluation\\": 3}. That': "no evaluation",
     'Of "grammar", "evaluation": 3 is what many would': "cut off",
     "<think>I would say {\"evaluation\": 3} but": "empty",
-    'Fine.", "evaluation": 4.': "not a number: 4.",
+    'Fine.", "evaluation": 4.': "not a number: '4.'",
     'Fine."}': "no evaluation",
     '{"notes": "Fine.", "score": 4}': "no evaluation",
+    '{"notes": "Its \'evaluation\': 3} is odd."}': "no evaluation",
+    'It says “evaluation”: 3}, which is odd."}': "no evaluation",
+    "Fine.\nEvaluation: 3\nThat is harsh.": "cut off",
+    "Good plot, evaluation: 4": "cut off",
+    "Notes: fine.\nEvaluation: 7": "outside 1 to 5: 7",
+    'Fine.", "evaluation": 4,5}': "no evaluation",
     '{"notes": "Fine. I say 4"}': "no evaluation",
     'Fine.", "evaluation": 4 or 5}': "no evaluation",
     '{"notes": "Fine.", "evaluation": null}': "not a number: None",
     '{"notes": "Fine.", "evaluation": true}': "not a number: True",
-    '{"notes": "Fine.", "evaluation": "good"}': "not a number: good",
-    '{"notes": "Fine.", "evaluation": "4 or 5"}': "not a number: 4 or 5",
-    '{"notes": "Fine.", "evaluation": "3-4"}': "not a number: 3-4",
-    '{"notes": "Fine.", "evaluation": "8/10"}': "not a number: 8/10",
+    '{"notes": "Fine.", "evaluation": "good"}': "not a number: 'good'",
+    '{"notes": "Fine.", "evaluation": "4 (or 5)"}': "not a number: '4 (or 5)'",
+    '{"notes": "Fine.", "evaluation": "4 or 5"}': "not a number: '4 or 5'",
+    '{"notes": "Fine.", "evaluation": "3-4"}': "not a number: '3-4'",
+    '{"notes": "Fine.", "evaluation": "8/10"}': "not a number: '8/10'",
     '{"notes": "Fine.", "evaluation": [4]}': "not a number: [4]",
     '{"notes": "Fine.", "evaluation": {"plot": 4}}': "not a number",
     '{"notes": "Fine.", "evaluation": NaN}': "not a number: nan",
@@ -150,9 +185,9 @@ UNSCORED = {
 }
 
 
-@pytest.mark.parametrize("text", SCORED)
+@pytest.mark.parametrize("text", [*SCORED, *REVISED])
 def test_score_is_read(text):
-    assert judged.read_answer(text) == (SCORED[text], None)
+    assert judged.read_answer(text) == ({**SCORED, **REVISED}[text], None)
 
 
 @pytest.mark.parametrize("text", UNSCORED, ids=lambda text: repr(text)[:40])
@@ -176,7 +211,7 @@ def test_every_shape_of_answer_gives_the_same_score(notes, score, is_escaped):
             assert judged.read_answer(inside + cut).score is None
 
 
-@pytest.mark.parametrize("text", [text for text in SCORED if SCORED[text] == int(SCORED[text]) and '{"evaluation": 2}' not in text])
+@pytest.mark.parametrize("text", [text for text in SCORED if SCORED[text] == int(SCORED[text])])
 def test_answer_cut_anywhere_gives_its_score_or_none(text):
     for end in range(len(text)):
         assert judged.read_answer(text[:end]).score in (None, SCORED[text])
@@ -268,6 +303,12 @@ def test_holm_goes_over_all_pairs(tmp_path):
     assert [(pair["a"], pair["b"]) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
     smallest = min(pair["p"] for pair in pairs)
     assert min(pair["p_holm"] for pair in pairs) == pytest.approx(3 * smallest)
+
+
+def test_a_pair_that_cannot_be_tested_does_not_count_in_the_correction(tmp_path):
+    judgements = {"a": answers_of(1, 2, 3, 4), "b": answers_of(3, 3, 5, 4)}
+    alone, = report_of(tmp_path, judgements)["pairs"]
+    assert report_of(tmp_path, {**judgements, "c": answers_of(None)})["pairs"][0] == alone
 
 
 def test_answers_that_are_not_text(tmp_path):

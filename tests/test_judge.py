@@ -248,7 +248,8 @@ def test_who_always_likes_the_first_story_prefers_nobody(corpus, tmp_path, capsy
 @pytest.mark.parametrize("text, value", [
     ('{"notes": "x", "better": "A"}', 1), ('x", "better": "b"}', 0), ('{\\"better\\": \\"A\\"}', 1), ('"better": "tie', 0.5),
     ("A is better", None), ('"better": "A"} no, "better": "B"}', None), ('"better": "Alpha"}', None), (None, None),
-    ('<think>"better": "A"</think>"better": "B"}', 0)])
+    ('<think>"better": "A"</think>"better": "B"}', 0), ('"better": "A or B"}', None), ('"better": "Story B"}', 0),
+    ('"better": A}', 1), ('"better": "A, or B"}', None)])
 def test_a_choice_is_read_and_never_guessed(text, value):
     assert preferences.read_better(text) == value
 

@@ -71,6 +71,12 @@ def test_two_sample_by_hand():
     assert math.isnan(stats.two_sample_test([1, 2, 3], [4]))
 
 
+def test_nan_among_the_values_gives_nan():
+    assert math.isnan(stats.sign_flip_test([1, math.nan, 2])) and math.isnan(stats.two_sample_test([1, 2], [3, math.nan]))
+    assert all(map(math.isnan, stats.mean_interval([1, math.nan, 2])))
+    assert math.isnan(stats.smallest_detectable_difference([1, math.nan, 2]))
+
+
 def test_pairing_finds_what_a_two_sample_test_misses():
     headlines = np.random.default_rng(0).normal(0, 3, 40)
     a, b = headlines + 0.5, headlines + np.random.default_rng(1).normal(0, 0.5, 40)
