@@ -1,19 +1,18 @@
-"""Turn a TinyNews model into a transformers folder or a GGUF file for llama.cpp, or a transformers folder back into ours.
+"""Turn a TinyNews model into a transformers folder or a GGUF file for llama.cpp, or a transformers folder into ours.
 
 Reads:   a model folder; for --to tinynews, a folder that --to transformers wrote, or one fine-tuned from it.
 Writes:  --out, whole or not at all: a folder (transformers, with its model card; tinynews) or one file (gguf).
 Run:     python export.py --model results/3M --to transformers --out runs/out/3M-transformers
 
-The architecture is GPT-2's with exact GELU and an untied head, so that AutoModelForCausalLM loads the folder without
-remote code; biases that ours does not have are zeros there. llama.cpp computes GPT-2 with the tanh form of GELU and knows
-no other: its logits differ a little, and its text may part from ours where two tokens are almost equally likely.
+The architecture is GPT-2's with exact GELU and an untied head, so AutoModelForCausalLM loads the folder without remote
+code; biases that our models do not have are zeros there. llama.cpp always computes GPT-2 with the tanh form of GELU:
+its logits differ a little, and its text may part from ours where two tokens are almost equally likely.
 """
 import argparse
 import json
 import os
 import shutil
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,15 +24,15 @@ import cli
 from config import Config, ModelConfig, TrainConfig, from_json
 from data import load_tokenizer
 from model import BOS, EOS, GPT, PAD
+from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
 
-COMPANIONS = ("tokenizer.model", "tokenizer.vocab", "run.json")       # copied as they are, for the way back
-HEADLINE = "storm closes schools along the coast"
+COMPANIONS = ("tokenizer.model", "tokenizer.vocab", "run.json")       # copied unchanged, for the way back
 
 
 # ---------------------------------------------------------------- weights
 
-# The modules of ours and of transformers' GPT-2; GGUF's names follow from the latter
+# Our names of modules and those of transformers' GPT-2, from which GGUF's follow
 RENAMED = {"tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "trf_blocks": "transformer.h", "norm1": "ln_1",
            "att.qkv": "attn.c_attn", "att.proj": "attn.c_proj", "norm2": "ln_2", "ff.layers.0": "mlp.c_fc",
            "ff.layers.2": "mlp.c_proj", "final_norm": "transformer.ln_f", "scale": "weight", "shift": "bias",
@@ -47,12 +46,12 @@ def name_in_transformers(name: str) -> str:
 
 
 def turned(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight as the other side keeps it: the matrices of a layer, Conv1D in transformers, are transposed."""
+    """Return a weight as the other side keeps it: a block's matrices, Conv1D in transformers, are transposed there."""
     return weight.T.contiguous() if ".c_" in name and weight.ndim == 2 else weight
 
 
 def weights_with_biases(model: GPT) -> dict[str, torch.Tensor]:
-    """Return the weights under transformers' names, in our layout, with zeros for the qkv biases that ours does not have."""
+    """Return the weights under transformers' names, in our layout, with zeros for qkv biases that the model lacks."""
     zeros = {f"transformer.h.{i}.attn.c_attn.bias": torch.zeros(3 * model.config.d_embedding)
              for i in range(model.config.n_layers)}
     return zeros | {name_in_transformers(name): weight for name, weight in model.state_dict().items()}
@@ -69,7 +68,7 @@ def load_pieces(path: Path, vocab_size: int) -> Pieces:
 
 # ---------------------------------------------------------------- transformers
 
-# What makes transformers' GPT-2 compute what ours does; it takes these for granted except for the activation
+# Settings with which transformers' GPT-2 computes what ours does; all but the activation are its defaults
 GPT2_SETTINGS = {"activation_function": "gelu", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
                  "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GPT2_SIZES = {"vocab_size": "vocab_size", "context_length": "n_positions", "d_embedding": "n_embd",
@@ -97,72 +96,11 @@ def write_transformers(folder: Path, out: Path) -> None:
                                                 "temperature": 0.7, "top_k": 0})
     write_json(out / "tokenizer.json", tokenizer_json(pieces))
     write_json(out / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", **TOKENS, "model_max_length": context_length, "padding_side": "left",
-        "clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]})
+        "tokenizer_class": "PreTrainedTokenizerFast", **TOKENS, "model_max_length": context_length,
+        "padding_side": "left", "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"]})
     write_json(out / "special_tokens_map.json", TOKENS)
-    run, loss = (read_facts(folder / name) for name in ("run.json", "loss.json"))
-    measures = (folder / "quality.txt").read_text(encoding="utf-8") if (folder / "quality.txt").exists() else ""
-    (out / "README.md").write_text(model_card(model, run, loss, measures), encoding="utf-8")
-
-
-def read_facts(path: Path) -> dict:
-    """Return what a JSON file of a model folder tells; nothing if it is not there. Raises ValueError naming the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def model_card(model: GPT, run: dict, loss: dict, measures: str) -> str:
-    """Return the README.md of a transformers folder; every figure in it is read from the model or from its folder.
-
-    run: run.json of the training; loss: loss.json, which `evaluate.py loss --json` prints; measures: quality.txt, which
-    `evaluate.py quality` prints.
-    """
-    n_parameters, config = sum(p.numel() for p in model.parameters()), model.config
-    facts = [("validation loss", "val_loss", "{:.3f} nats per token"), ("trained on", "n_bulletins", "{:,} bulletins"),
-             ("tokens in them", "n_tokens", "{:,}"), ("steps", "n_steps", "{:,}"), ("time", "elapsed_s", "{:,.0f} s"),
-             ("hardware", "hardware", "{}"), ("precision", "precision", "{}"), ("commit", "commit", "{}")]
-    rows = [f"| {title} | {form.format(run[key])} |" for title, key, form in facts if run.get(key) is not None]
-    if loss:
-        rows.append("| held-out loss | {nats_per_token:.3f} nats per token (95% interval {low:.3f} to {high:.3f}), "
-                    "{bits_per_byte:.3f} bits per byte, {n_bulletins:,} bulletins |".format(**loss))
-    if measures:
-        rows.append(f"\n## Its bulletins beside held-out ones\n\n{textwrap.indent(measures.strip(), '    ')}")
-    told = "\n".join(["", *rows])
-    return f"""---
-license: apache-2.0
-language: en
-library_name: transformers
-pipeline_tag: text-generation
-tags: [tinynews, gpt2]
----
-# TinyNews {n_parameters / 1e6:.1f}M
-
-A GPT-2 of {n_parameters:,} parameters that writes short news bulletins in simple English: `headline </h> story`, lower case.
-The bulletins are invented. Do not take them for news.
-
-    from transformers import pipeline
-    write = pipeline("text-generation", model="PATH_OR_ID_OF_THIS_FOLDER")
-    print(write("{HEADLINE} </h>")[0]["generated_text"])
-
-With TinyNews itself:
-
-    python export.py --model PATH_OF_THIS_FOLDER --to tinynews --out model
-    python sample.py --model model --headline "{HEADLINE}"
-
-## What to know
-- Write the headline in lower case, then ` </h>`. An empty prompt, `""`, makes up its own headline.
-- The tokenizer puts `<s>` in front and nothing behind. Each training text was `<s> headline </h> story </s>`: to train on,
-  add `</s>` to the end of yours. Padding is `<unk>`, which stands for characters that no bulletin holds.
-- A text that spells `<s>`, `</s>` or `<unk>` is read as holding that token.
-- The context is {config.context_length} tokens, headline and story together.
-
-| | |
-| --- | --- |
-| layers, heads, width | {config.n_layers}, {config.n_heads}, {config.d_embedding} |
-| vocabulary | {config.vocab_size:,} |{told}
-"""
+    (out / "README.md").write_text(model_card(model, folder), encoding="utf-8")
 
 
 def write_tinynews(folder: Path, out: Path) -> None:
@@ -178,7 +116,7 @@ def write_tinynews(folder: Path, out: Path) -> None:
 
 
 def config_of_transformers(path: Path) -> Config:
-    """Read transformers' config.json as ours. Raises ValueError naming a setting in which the model is not one of ours."""
+    """Read transformers' config.json as ours. Raises ValueError naming the first setting that no model of ours has."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such config; expected a folder that --to transformers wrote")
     try:
@@ -190,6 +128,8 @@ def config_of_transformers(path: Path) -> Config:
             if found != wanted:
                 raise ValueError(f"{name} is {json.dumps(found)}, but a TinyNews model has {json.dumps(wanted)}")
         kept = values.get("tinynews", {})
+        if not isinstance(kept, dict):
+            raise ValueError(f"tinynews must be an object of keys, not {json.dumps(kept)}")
         sizes = {ours: values.get(theirs) for ours, theirs in GPT2_SIZES.items()}
         sizes["qkv_bias"] = kept.get("model", {}).get("qkv_bias", False)
         train = from_json(TrainConfig, kept["train"], "tinynews.train") if "train" in kept else None
@@ -199,9 +139,9 @@ def config_of_transformers(path: Path) -> Config:
 
 
 def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
-    """Load the weights of a GPT2LMHeadModel; raises ValueError naming one that is not as the config says.
+    """Load the weights of a GPT2LMHeadModel; raises ValueError naming one that is missing or of another shape.
 
-    The qkv biases are left out where they are zeros and the config does not ask for them.
+    The qkv biases are left out if all are zero and the config does not ask for them.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no weights")
@@ -217,8 +157,8 @@ def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
         theirs = name_in_transformers(name)
         weight = turned(theirs, weights[theirs]) if theirs in weights else None
         if weight is None or weight.shape != expected.shape:
-            raise ValueError(f"{path}: {theirs} is {'missing' if weight is None else tuple(weight.shape)}; expected the "
-                             f"untied GPT2LMHeadModel that {path.with_name('config.json')} describes")
+            raise ValueError(f"{path}: {theirs} is {'missing' if weight is None else tuple(weight.shape)}; expected "
+                             f"the untied GPT2LMHeadModel that {path.with_name('config.json')} describes")
         found[name] = weight.float()
     model.load_state_dict(found, assign=True)
     return model
@@ -228,12 +168,13 @@ def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
 
 
 def write_gguf(folder: Path, out: Path) -> None:
-    """Write a model folder as one GGUF file: architecture gpt2, float32, tokenizer "llama", which is sentencepiece's BPE.
+    """Write a model folder as one GGUF file: architecture gpt2, float32, tokenizer "llama" (sentencepiece's BPE).
 
     llama.cpp cuts user-defined symbols out of a text and puts a space in front of what follows each. So only </h>,
     which no merges make, is one there; digits and marks, which merge with nothing, are normal pieces. A prompt such as
-    "headline </h>" gives our ids; a story must follow the </h> without a space. llama.cpp ends the process at a
-    character that it has neither a piece nor bytes for: 256 byte pieces with the weights of <unk> stand behind ours.
+    "headline </h>" gives our ids; a story must follow the </h> without a space. llama.cpp aborts at a character for
+    which it has neither a piece nor bytes: 256 byte pieces with the weights of <unk> stand behind ours.
+    Raises ValueError if the package gguf is not installed.
     """
     try:
         import gguf
@@ -241,7 +182,8 @@ def write_gguf(folder: Path, out: Path) -> None:
         raise ValueError("--to gguf needs a package: pip install gguf") from None
     model = GPT.from_pretrained(folder)
     config, pieces = model.config, load_pieces(folder / "tokenizer.model", model.config.vocab_size)
-    types = [NORMAL if kind == USER_DEFINED and len(text) == 1 else kind for text, kind in zip(pieces.texts, pieces.types)]
+    types = [NORMAL if kind == USER_DEFINED and len(text) == 1 else kind
+             for text, kind in zip(pieces.texts, pieces.types)]
     writer = gguf.GGUFWriter(out, "gpt2")
     writer.add_name(f"TinyNews {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
     writer.add_license("apache-2.0")
@@ -277,6 +219,7 @@ def write_gguf(folder: Path, out: Path) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    """Write --out, whole or not at all. Raises FileNotFoundError or ValueError for input that cannot be exported."""
     if args.out.exists():
         raise ValueError(f"{args.out}: exists already; remove it or choose another --out")
     if not args.model.is_dir():
@@ -294,7 +237,10 @@ def export(args: argparse.Namespace) -> None:
                     shutil.copyfile(args.model / name, partial / name)
         os.replace(partial, args.out)
     finally:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
     print(args.out)
 
 
@@ -302,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("results/3M"), help="model folder (default: %(default)s)")
     parser.add_argument("--to", required=True, choices=["transformers", "gguf", "tinynews"], help="what to write")
-    parser.add_argument("--out", type=Path, required=True, help="folder (transformers, tinynews) or file (gguf) to write; "
-                        "must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="folder (transformers, tinynews) or file (gguf) to "
+                        "write; must not exist yet")
     args = parser.parse_args(argv)
     return cli.run(lambda: export(args))
 

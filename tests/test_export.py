@@ -15,6 +15,7 @@ import export
 from config import Config
 from data import USER_SYMBOLS, load_tokenizer
 from model import GPT
+from model_card import model_card
 from pieces import read_pieces, tokenizer_json
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +104,7 @@ def test_the_bundled_tokenizer_gives_the_same_ids_on_10000_bulletins_and_1000_ra
     ours = load_tokenizer(ROOT / "tokenizers" / "tinynewstokenizer8192.model")
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(read_pieces(ours))))
     bulletins = list(islice(corpus.lines_of(corpus.corpus_files(ROOT / "training_data", "train")), 10_000))
-    strings = [text for text in random_strings(bulletins) if "<s>" not in text]      # special tokens are read as such there
+    strings = [text for text in random_strings(bulletins) if "<s>" not in text]      # which is read as a token there
     assert len(bulletins) == 10_000 and len(strings) > 1000 and any("</h>" in text and "  " in text for text in strings)
     texts = bulletins + strings
     assert [encoding.ids[1:] for encoding in theirs.encode_batch(texts)] == ours.encode(texts)
@@ -139,7 +140,8 @@ def test_gguf_holds_the_tensors_and_the_tokenizer(folder, tmp_path):
     gguf = pytest.importorskip("gguf")
     out = tmp_path / "tiny.gguf"
     assert export.main(["--model", str(folder), "--to", "gguf", "--out", str(out)]) == 0
-    reader, model, tokenizer = gguf.GGUFReader(out), GPT.from_pretrained(folder), load_tokenizer(folder / "tokenizer.model")
+    reader, model = gguf.GGUFReader(out), GPT.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
     value = {name: field.contents() for name, field in reader.fields.items()}
     c = model.config
     assert value["general.architecture"] == "gpt2" and value["gpt2.context_length"] == c.context_length
@@ -171,14 +173,20 @@ def test_the_card_tells_what_is_known_and_nothing_else(folder, exported, tmp_pat
     assert "| validation loss | 1.250 nats per token |" in card
     assert "1,234,567 bulletins" in card and "two slow cores" in card
     assert "| steps |" not in card and "None" not in card
-    assert "validation loss" not in export.model_card(GPT.from_pretrained(folder), {}, {}, "")
+    assert "validation loss" not in model_card(GPT.from_pretrained(folder), tmp_path)
 
 
-def test_the_card_tells_of_the_evaluation(folder):
-    loss = {"nats_per_token": 1.5, "low": 1.25, "high": 1.75, "bits_per_byte": 0.5, "n_bulletins": 1000, "perplexity": 4.5}
-    card = export.model_card(GPT.from_pretrained(folder), RUN, loss, "measure  samples\nwords    70\n")
+def test_the_card_tells_of_the_evaluation(folder, tmp_path):
+    loss = {"nats_per_token": 1.5, "low": 1.25, "high": 1.75, "bits_per_byte": 0.5, "n_bulletins": 1000}
+    (tmp_path / "loss.json").write_text(json.dumps(loss))
+    measures = {"ends_properly": {"samples": {"value": 0.9}, "held_out": {"value": 1.0}},
+                "reading_grade": {"samples": {"value": None}, "held_out": {"value": 6.0}}}
+    (tmp_path / "quality.json").write_text(json.dumps({"measures": measures}))
+    card = model_card(GPT.from_pretrained(folder), tmp_path)
     assert "1.500 nats per token (95% interval 1.250 to 1.750), 0.500 bits per byte, 1,000 bulletins" in card
-    assert card.endswith("\n## Its bulletins beside held-out ones\n\n    measure  samples\n    words    70\n")
+    assert card.endswith("| ends_properly | 0.900 | 1.000 |\n| reading_grade | - | 6.000 |\n")
+    (tmp_path / "loss.json").write_text(json.dumps({**loss, "low": None, "high": None}))        # of a single bulletin
+    assert "1.500 nats per token, 0.500 bits" in model_card(GPT.from_pretrained(folder), tmp_path)
 
 
 def spoil_config(model: Path, **changes) -> None:
@@ -193,7 +201,8 @@ BAD_INPUTS = [
     ("gguf", lambda model: (model / "model.safetensors").unlink(), "no weights"),
     ("tinynews", lambda model: None, "not the config of a transformers GPT-2"),
     ("tinynews", lambda model: (model / "config.json").write_text("{"), "config.json: Expecting"),
-    ("tinynews", lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'), 'activation_function is "gelu'),
+    ("tinynews", lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'),
+     'activation_function is "gelu'),
 ]
 
 
@@ -208,6 +217,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(to, spoil, message, fo
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda model: spoil_config(model, layer_norm_epsilon=1e-6), "layer_norm_epsilon is 1e-06"),
+    (lambda model: spoil_config(model, tinynews=None), "tinynews must be an object of keys, not null"),
     (lambda model: spoil_config(model, n_layer="2"), "model.n_layers must be of type int"),
     (lambda model: spoil_config(model, n_layer=99), "is missing"),
     (lambda model: spoil_config(model, n_positions=32), "transformer.wpe.weight is (64,"),
