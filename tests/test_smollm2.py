@@ -1,8 +1,11 @@
 """The teacher's decoder against transformers' own, on a tiny Llama with random weights."""
+import copy
 import json
+import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers", reason="pip install --no-deps -r requirements-teacher.txt")
 
@@ -36,8 +39,9 @@ def decoder(llama, sequences):
 @torch.no_grad()
 @pytest.mark.parametrize("is_exact, tolerance", [(True, 1e-4), (False, 0.2)])
 def test_scores_are_those_of_transformers(llama, sequences, decoder, monkeypatch, is_exact, tolerance):
-    if is_exact:                                    # everything in float32, where the decoder reads only first tokens so
-        monkeypatch.setattr(smollm2.Matrix, "__call__", lambda self, x, _=True: torch.nn.functional.linear(x, self.weight))
+    if is_exact:                                    # everything in float32, not the first tokens only
+        monkeypatch.setattr(smollm2.Matrix, "__call__",
+                            lambda self, x, _=True: torch.nn.functional.linear(x, self.weight))
     for sequence, score in zip(sequences, decoder.mean_log_probabilities(sequences, batch_size=2)):
         logits = llama(torch.tensor([sequence])).logits[0, :-1]
         expected = -torch.nn.functional.cross_entropy(logits, torch.tensor(sequence[1:]))
@@ -49,7 +53,8 @@ def test_continuations_cost_what_transformers_says_whatever_stands_beside_them(l
     def ids_of(text: str) -> dict:
         return {"input_ids": list(text.encode())}
 
-    texts = [("head\n", "a story"), ("a much longer headline\n", "and a story that is longer too"), ("h", ""), ("", "abc")]
+    texts = [("head\n", "a story"), ("a much longer headline\n", "and a story that is longer too"), ("h", ""),
+             ("", "abc")]
     nats, n_tokens = smollm2.continuation_nats(ids_of, llama, texts, batch_size=3)
     assert n_tokens == [7, 30, 0, 3]
     for (prompt, continuation), total in zip(texts, nats):
@@ -94,6 +99,11 @@ def test_a_text_does_not_depend_on_what_is_written_beside_it(sequences, decoder)
         assert decoder.generate(PREFIX, [prompt], [f"0/{row}"], 20, 1.0, 0.0, STOP) == [together[row]]
 
 
+def test_a_text_that_could_outgrow_the_positions_is_refused(decoder):
+    with pytest.raises(ValueError, match="need 513 positions of 512"):
+        write(decoder, [[5]], 509)
+
+
 def test_the_same_seed_writes_the_same_and_only_kept_pieces(llama, sequences):
     kept = torch.arange(2, 120)
     decoder = smollm2.Decoder(llama, kept, sequences)
@@ -106,14 +116,14 @@ def test_the_same_seed_writes_the_same_and_only_kept_pieces(llama, sequences):
 
 def test_pieces_are_drawn_as_often_as_they_are_likely(llama, decoder):
     x = torch.randn(1, 48, generator=torch.Generator().manual_seed(3))
-    shares = torch.tensor(decoder.draw(x.expand(4000, -1), 0.7, 0.2, torch.arange(4000) / 4000)).bincount(minlength=300) / 4000
+    drawn = torch.tensor(decoder.draw(x.expand(4000, -1), 0.7, 0.2, torch.arange(4000) / 4000))
+    shares = drawn.bincount(minlength=300) / 4000
     expected = (decoder.head(x)[0] / 0.7).softmax(-1)
     expected = expected * (expected >= 0.2 * expected.max())
     assert 1 < (expected > 0).sum() < 50 and torch.allclose(shares, expected / expected.sum(), atol=5e-4)
 
 
 def test_examples_are_batched_once_an_epoch_by_near_length():
-    import random
     encoded = [(list(range(n)), 2) for n in range(10, 110)]
     batches = offline_teacher.batches_of_near_length(encoded, 16, 2, random.Random(0))
     assert sorted(len(ids) for batch in batches for ids, _ in batch) == sorted(2 * list(range(10, 110)))
@@ -130,6 +140,64 @@ def test_a_missing_teacher_is_one_line(run_cli, tmp_path):
     assert done.returncode == 2 and "offline_teacher.py finetune" in done.stderr and "Traceback" not in done.stderr
 
 
+class ByteTokenizer:
+    """Stands for SmolLM2's: a token is a byte."""
+    eos_token_id = STOP
+
+    def __call__(self, text: str) -> dict:
+        return {"input_ids": list(text.encode())}
+
+
+def test_finetuning_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path, monkeypatch, llama, capsys):
+    n_losses, last = 0, None
+    real_loss = offline_teacher.completion_loss
+
+    def loss_until_stopped(*args):
+        nonlocal n_losses
+        n_losses += 1
+        if n_losses == last:
+            raise KeyboardInterrupt
+        return real_loss(*args)
+
+    examples = {f"w{n}": f"<h1>Word {n} found</h1><p>It was number {n}. It slept.</p>" for n in range(40)}
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    (tmp_path / "words.json").write_text('[["w1"]]')
+    monkeypatch.setattr(offline_teacher, "load_smollm2", lambda: (ByteTokenizer(), copy.deepcopy(llama)))
+    monkeypatch.setattr(offline_teacher, "N_HELD_OUT", 8)
+    monkeypatch.setattr(offline_teacher, "CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(offline_teacher, "completion_loss", loss_until_stopped)
+    monkeypatch.setattr(offline_teacher, "usable_pieces", lambda *_: torch.arange(300))
+
+    def finetune(name: str, *more: str) -> int:
+        return offline_teacher.main(["finetune", "--out", str(tmp_path / name), "--batch-size", "4", "--lr", "0.01",
+                                     "--examples", str(tmp_path / "examples.json"),
+                                     "--vocabulary", str(tmp_path / "words.json"), *more])
+
+    assert finetune("whole") == 0
+    facts = json.loads((tmp_path / "whole" / "finetune.json").read_text())
+    assert facts["held_out_loss_after"] < 0.8 * facts["held_out_loss_before"] and facts["n_examples"] == 32
+    last = n_losses + 9
+    assert finetune("stopped") == 130 and "goes on from" in capsys.readouterr().err
+    assert finetune("stopped", "--seed", "1") == 2 and "other settings" in capsys.readouterr().err
+    assert finetune("stopped") == 0
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"model.safetensors", "finetune.json"}
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["finetune", "--examples", "few.json"], "few.json: 1 examples"),
+    (["finetune", "--examples", "bad.json"], 'bad.json: "cat": expected'),
+    (["generate", "--temperature", "0"], "--temperature must be above 0")])
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.json").write_text('{"cat": "<h1>Cat found</h1><p>It sat.</p>"}')
+    (tmp_path / "bad.json").write_text('{"cat": "Cat found. It sat."}')
+    assert offline_teacher.main(options) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and len(shown.splitlines()) == 1
+
+
 class StubWriter:
     """Stands for the models: writes a bulletin about its seed word at once."""
 
@@ -137,10 +205,11 @@ class StubWriter:
         pass
 
     def write(self, asked):
-        story = "The council counted {0} twice. It found {0} in nine of ten streets, {1} more than last year, and told the " \
-                "people who live there. A second count of {0} in the spring cost {1} dollars."
-        return [{"key": key, "seed_words": words, "text": f"<h1>City counts {words[0]} in {key.replace('/', ' and ')} streets"
-                 f"</h1><p>{story.format(words[0], key.replace('/', ''))}</p>"} for key, words in asked]
+        text = ("<h1>City counts {0} in {1} streets</h1><p>The council counted {0} twice. It found {0} in nine of ten "
+                "streets, {1} more than last year, and told the people who live there. A second count of {0} in the "
+                "spring cost {1} dollars.</p>")
+        return [{"key": key, "seed_words": words, "text": text.format(words[0], key.replace("/", ""))}
+                for key, words in asked]
 
 
 def test_generation_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -170,4 +239,4 @@ def test_generation_goes_on_where_it_was(tmp_path, monkeypatch):
     (out / "offline.jsonl").write_bytes(whole[:-40])               # killed while it wrote the last line
     assert offline_teacher.main([*argv, "--bulletins", "40"]) == 0
     keys = [json.loads(line)["key"] for line in (out / "offline.jsonl").read_bytes().splitlines()]
-    assert len(keys) == len(set(keys)) and sorted(keys, key=lambda key: int(key[2:])) == [f"0/{i}" for i in range(len(keys))]
+    assert sorted(keys, key=lambda key: int(key[2:])) == [f"0/{i}" for i in range(len(keys))]
