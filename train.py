@@ -90,9 +90,14 @@ def next_in_schedule(run: Run) -> tuple[int, bool]:
 
 
 def evaluate(run: Run, board: Board, lr: float, grad_norm: torch.Tensor, bar: tqdm) -> None:
-    """Measure the whole validation split, add an entry to the log, redraw its figure and say it in one line."""
+    """Measure the whole validation split, add an entry to the log, redraw its figure and say it in one line.
+
+    Raises ValueError, in all processes, if the training loss is not finite any more.
+    """
     nats, n_targets = run.ranks.sum(run.tally).tolist()
     run.tally.zero_()
+    if not math.isfinite(nats):
+        raise ValueError(f"the loss is {nats} by step {run.step:,}: training has diverged; lower the learning rate")
     if not run.ranks.is_first:
         return
     run.model.eval()
@@ -126,10 +131,10 @@ def samples(run: Run, n: int) -> list[tuple[str, str]]:
 
 def finish(run: Run) -> None:
     """Write the model folder, the weights last, then forget the checkpoint."""
-    tokenizer = run.args.tokenizer
-    for source, name in ((tokenizer, "tokenizer.model"), (tokenizer.with_suffix(".vocab"), "tokenizer.vocab")):
-        if source.exists():
-            run.out.joinpath(name).write_bytes(source.read_bytes())        # perhaps onto itself
+    tokenizer, vocab = run.args.tokenizer, run.args.tokenizer.with_suffix(".vocab")
+    run.out.joinpath("tokenizer.model").write_bytes(tokenizer.read_bytes())        # perhaps onto itself
+    if vocab.exists():
+        run.out.joinpath("tokenizer.vocab").write_bytes(vocab.read_bytes())
     draw(run)
     write_json(run.out / "run.json", {
         "val_loss": run.log[-1]["val_loss"], "n_parameters": n_parameters(run.model), "n_bulletins": len(run.train),

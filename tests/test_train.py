@@ -301,6 +301,15 @@ def test_a_compiled_run_that_goes_on_shows_the_compiler_the_same_batches(small, 
     assert [n_rows for n_rows, _ in shown[0]] == [7, 1, 1, 7, 7]                  # of a batch of 8
 
 
+def test_a_run_that_diverges_is_no_success(small, tmp_path, capsys):
+    config = json.loads((small / "config.json").read_text())
+    config["train"]["peak_lr"] = 1e30
+    (tmp_path / "wild.json").write_text(json.dumps(config))
+    start = command(small, tmp_path / "model", "--max-steps", 4, "--config", tmp_path / "wild.json")[2:]
+    assert train.main(start) == 2 and not (tmp_path / "model" / "model.safetensors").exists()
+    assert re.search(r"error: the loss is nan by step \d: training has diverged.*\n$", capsys.readouterr().err)
+
+
 def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError
