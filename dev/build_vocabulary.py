@@ -2,7 +2,7 @@
 
 Reads:   wordfreq (how common a word is in subtitles, news, the web), lemminflect (inflections),
          SCOWL (which strings are words, which are names or abbreviations), better_profanity (slurs and swear words).
-Writes:  a list of lists; each holds one to three forms of one headword. An epoch takes one word of each list.
+Writes:  a list of lists, each of one to three forms of one headword. An epoch takes one word from each list.
 Run:     apt-get install scowl && pip install wordfreq lemminflect better_profanity
          python dev/build_vocabulary.py --out vocabulary.json        # 10 s on one CPU core
 """
@@ -15,11 +15,16 @@ from pathlib import Path
 from lemminflect import getAllInflections, getAllLemmas
 from wordfreq import top_n_list, zipf_frequency
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli
+
 N_CANDIDATES = 60_000         # how far down the frequency list headwords are looked for
 MIN_FORM_ZIPF = 2.1           # an inflected form rarer than about 1 in 8 million words is no use as a seed
-MAX_HEADWORD_ZIPF = 6.2       # above stand function words ("the", "that"), which every bulletin holds anyway
+MAX_HEADWORD_ZIPF = 6.2       # above it are function words ("the", "that"), which every bulletin holds anyway
 PROPER_TAGS = ("NNP", "NNPS")
-# Words that the lists let through and that a bulletin for sixth graders should not be asked to hold.
+# Words that the lists let through, but that no bulletin for sixth graders should be asked to hold.
 UNWANTED = set("""
     aids anus arse beheading bimbo boob bondage bong breast brothel busty butt buttock cleavage cocaine condom crotch
     cunt damn dope drunkard erect erection erotic escort fag fetish gangbang genital gay ghetto god groin hell heroin
@@ -53,13 +58,13 @@ def profanities() -> set[str]:
 
 
 def headword_of(word: str) -> str | None:
-    """Return the lemma that a word is entered under, or None if it is an inflected form of another word."""
+    """Return a word if it is its own lemma, None if it is only an inflected form of another word."""
     lemmas = {lemma for forms in getAllLemmas(word).values() for lemma in forms}
     return word if word in lemmas else None
 
 
 def forms_of(headword: str, words: set[str], taken: set[str]) -> list[str]:
-    """Return the headword and its usable inflections, most regular first, none of them taken by another headword."""
+    """Return the headword and its usable inflections, except those that another headword has taken."""
     forms = [headword]
     for tag, inflections in getAllInflections(headword).items():
         if tag not in PROPER_TAGS:
@@ -83,7 +88,7 @@ def build(scowl: Path, n_forms: int) -> list[list[str]]:
     words = {w for w in scowl_words(scowl, "words", 55) if w.isascii() and w.isalpha() and w.islower() and len(w) > 2}
     names = {w.lower() for category in ("upper", "proper-names", "abbreviations")
              for w in scowl_words(scowl, category, 60)}
-    words -= {w for w in words if w in names or w in profanities() or w in UNWANTED}
+    words -= names | profanities() | UNWANTED
     lists: list[list[str]] = []
     taken: set[str] = set()
     for candidate in top_n_list("en", N_CANDIDATES):
@@ -97,7 +102,7 @@ def build(scowl: Path, n_forms: int) -> list[list[str]]:
         lists += cut(forms)
         if len(taken) >= n_forms:
             return lists
-    raise ValueError(f"the word lists hold only {len(taken)} forms under these rules, fewer than {n_forms}")
+    raise ValueError(f"--n-forms {n_forms}: the word lists hold only {len(taken)} forms under these rules")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,11 +111,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scowl", type=Path, default=Path("/usr/share/dict/scowl"), help="default: %(default)s")
     parser.add_argument("--n-forms", type=int, default=18_500, help="stop at this many forms (default: %(default)s)")
     args = parser.parse_args(argv)
-    lists = build(args.scowl, args.n_forms)
-    args.out.write_text("[\n" + ",\n".join(json.dumps(forms) for forms in lists) + "\n]\n", encoding="utf-8")
-    n_headwords = len({lemma for forms in lists for lemma in forms if headword_of(lemma)})
-    print(f"{args.out}: {n_headwords:,} headwords, {sum(map(len, lists)):,} forms, {len(lists):,} lists", file=sys.stderr)
-    return 0
+
+    def command() -> None:
+        lists = build(args.scowl, args.n_forms)
+        args.out.write_text("[\n" + ",\n".join(json.dumps(forms) for forms in lists) + "\n]\n", encoding="utf-8")
+        n_headwords = len({word for forms in lists for word in forms if headword_of(word)})
+        print(f"{args.out}: {n_headwords:,} headwords, {sum(map(len, lists)):,} forms, {len(lists):,} lists",
+              file=sys.stderr)
+
+    return cli.run(command)
 
 
 if __name__ == "__main__":

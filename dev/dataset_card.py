@@ -1,12 +1,11 @@
 """Write the figures of a corpus into its card, or print bulletins to check one of them by hand.
 
 Reads:   a corpus folder with its report.json, the raw answers that it was cleaned from, vocabulary.json, a tokenizer.
-Writes:  README.md of the corpus folder, between its lines "<!-- figures -->" and "<!-- end of figures -->", and nothing
-         else of it; with --spot-check, bulletins as the teacher wrote them to standard output.
+Writes:  README.md of the corpus folder, only between its lines "<!-- figures -->" and "<!-- end of figures -->"; with
+         --spot-check nothing, but bulletins as the teacher wrote them to standard output.
 Run:     python dev/dataset_card.py        # 12,089 bulletins: 14 s of CPU time
 """
 import argparse
-import os
 import random
 import re
 import sys
@@ -29,10 +28,11 @@ from bulletins import Bulletin, bulletin_of, line_of, parse
 from cleaning import TWIN_SIMILARITY
 from corpus import corpus_files, lines_of
 from data import encode_lines
+from files import write_beside
 
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
-N_SAMPLED = 10_000            # bulletins that the reading grade is taken of
-N_WORDS, N_BYTES = 100_000, 500_000     # of text that diversity and compression are measured on, however large the corpus
+N_SAMPLED = 10_000            # bulletins that the reading grade is measured on
+N_WORDS, N_BYTES = 100_000, 500_000     # of text that diversity and compression are measured on, whatever the corpus
 N_COMMON, N_SHOWN = 20, 20
 CONTEXT_LENGTH = 128          # of the published models
 CALENDAR = frozenset("""january february march april may june july august september october november december
@@ -40,7 +40,7 @@ CALENDAR = frozenset("""january february march april may june july august septem
 
 
 class Written(NamedTuple):
-    """A bulletin of the corpus as its teacher wrote it, upper and lower case, and the words that were asked for."""
+    """A bulletin of the corpus as its teacher wrote it, in upper and lower case, and the words asked for."""
     bulletin: Bulletin
     seed_words: list[str]
 
@@ -49,7 +49,7 @@ class Written(NamedTuple):
 
 
 def read_written(raw: Path, lines: list[str], teachers: Counter, days: set[str]) -> Iterator[Written]:
-    """Yield the bulletins of the corpus's lines as they stand in the raw answers; note who wrote and when."""
+    """Yield the bulletins of a corpus's lines as they are in the raw answers; count their teachers, add the days."""
     wanted = set(lines)
     for answer in read_answers(raw):
         for bulletin in parse(answer["text"]):
@@ -61,10 +61,10 @@ def read_written(raw: Path, lines: list[str], teachers: Counter, days: set[str])
 
 
 def proper_nouns(texts: list[str]) -> list[list[str]]:
-    """Return the proper nouns of each text, days, months and what is all capitals aside.
+    """Return the proper nouns of each text, except days, months and words all in capitals.
 
-    A capitalised word is taken for one, wherever it stands, if within sentences all texts together write it with a
-    capital letter more often than without.
+    A capitalised word is taken for a proper noun if, inside sentences, all texts together write it with a capital
+    letter more often than without.
     """
     n_lower, n_capital = Counter(), Counter()
     for text in texts:
@@ -96,8 +96,8 @@ def figures_of(folder: Path, raw: Path, vocabulary: Path, tokenizer: Path) -> st
     first_words = Counter(b.headline.split()[0] for b in corpus)
     return "\n".join([
         f"Written by {', '.join(f'{teacher} ({n:,} bulletins)' for teacher, n in teachers.most_common())}; on "
-        f"{' to '.join(sorted({min(days), max(days)}))}. {len(written):,} of the {len(corpus):,} bulletins are in the raw "
-        "answers at hand.\n",
+        f"{' to '.join(sorted({min(days), max(days)}))}. {len(written):,} of the {len(corpus):,} bulletins are in the "
+        "raw answers at hand.\n",
         *table("of the raw bulletins", counts_by_rule(report)),
         *table("length", lengths_of(corpus, every_line, tokenizer)),
         *table("what the words are", vocabulary_of(words, seeds, written)),
@@ -122,8 +122,10 @@ def lengths_of(corpus: list[Bulletin], lines: list[str], tokenizer: Path) -> dic
                "words a story": [len(quality.words_of(b.story)) for b in corpus],
                "sentences a story": [quality.n_sentences(b.story) for b in corpus],
                f"tokens a bulletin ({tokenizer.name})": n_tokens}
-    rows = {name: f"{np.mean(n):.1f} (5%: {np.quantile(n, 0.05):.0f}, 95%: {np.quantile(n, 0.95):.0f}, most: {np.max(n)})"
-            for name, n in lengths.items()}
+    rows = {}
+    for name, n in lengths.items():
+        low, high = np.quantile(n, [0.05, 0.95])
+        rows[name] = f"{np.mean(n):.1f} (5%: {low:.0f}, 95%: {high:.0f}, most: {np.max(n)})"
     return {**rows, f"bulletins of at most {CONTEXT_LENGTH} tokens": f"{(n_tokens <= CONTEXT_LENGTH).mean():.1%}",
             "tokens in all": f"{n_tokens.sum():,}"}
 
@@ -153,7 +155,8 @@ def repetition_of(report: dict, sampled: list[quality.Sample], nearest: list[flo
                for rule, n in fallen.items()},
             "held-out stories with a near-duplicate to train on (exact, word 3-grams)":
                 f"{np.mean([similarity >= TWIN_SIMILARITY for similarity in nearest]):.2%} of {len(nearest):,}",
-            "similarity of a held-out story to the nearest to train on": f"{np.mean(nearest):.3f} (most: {max(nearest):.3f})",
+            "similarity of a held-out story to the nearest to train on":
+                f"{np.mean(nearest):.3f} (most: {max(nearest):.3f})",
             **{f"distinct {n}-grams, over {N_WORDS:,} words": f"{pooled[f'distinct_{n}_grams']:.3f}"
                for n in quality.DIVERSITY_ORDERS},
             f"compression ratio (xz), over {N_BYTES:,} bytes": f"{pooled['compression_ratio']:.2f}"}
@@ -183,13 +186,12 @@ def two_columns(left_head: str, left: list[tuple[str, int]], right_head: str, ri
 
 
 def write_card(path: Path, figures: str) -> None:
-    """Put figures between the two marks of a card. Raises ValueError if they are not there, once each and in order."""
+    """Put figures between the two marks of a card; raise ValueError unless each is there once, and in order."""
     parts = path.read_text(encoding="utf-8").split(BEGIN)
     if len(parts) != 2 or parts[1].count(END) != 1:
         raise ValueError(f"{path}: expected one line {BEGIN.strip()} and after it one line {END.strip()}")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(f"{parts[0]}{BEGIN}\n{figures}\n{END}{parts[1].split(END)[1]}", encoding="utf-8")
-    os.replace(partial, path)
+    card = f"{parts[0]}{BEGIN}\n{figures}\n{END}{parts[1].split(END)[1]}"
+    write_beside(path, lambda partial: partial.write_text(card, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------- by hand
@@ -213,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     parser.add_argument("--tokenizer", type=Path, default=Path("tokenizers/tinynewstokenizer8192.model"),
                         help="default: %(default)s")
-    parser.add_argument("--spot-check", type=int, metavar="N", help="print N bulletins with the proper nouns found, and stop")
+    parser.add_argument("--spot-check", type=int, metavar="N",
+                        help="print N bulletins with the proper nouns found, and stop")
     args = parser.parse_args(argv)
 
     def command() -> None:

@@ -25,8 +25,8 @@ def bulletin(word: str, salt: str) -> str:
     headline = f"Farmers keep {word} number {n} for winter"
     if n % 10 == 0:
         return f"<h1>{headline}</h1><p>The farmers did.</p>"
-    return (f"<h1>{headline}</h1><p>The farmers of a small town keep {word} {n} in a dry barn. They built it with their own "
-            f"hands in spring. A storm took the old roof last year. Now {n % 89} people share the work. "
+    return (f"<h1>{headline}</h1><p>The farmers of a small town keep {word} {n} in a dry barn. They built it with "
+            f"their own hands in spring. A storm took the old roof last year. Now {n % 89} people share the work. "
             f"The town will hold a feast when the cold has gone.</p>")
 
 
@@ -78,13 +78,14 @@ FAULTS: dict[str, Callable[[dict], tuple[int, dict | bytes, dict]]] = {
     "400 retryable": lambda body: (400, error(400, availability={"retryable": True, "retry_after": 0}), {}),
     "400": lambda body: (400, error(400), {}),
     "401": lambda body: (401, error(401, "No auth credentials found"), {}),
+    "401 echo": lambda body: (401, error(401, f"Incorrect API key provided: {KEY}"), {}),
     "402": lambda body: (402, error(402, metadata={"limit_source": "openrouter_credits"}), {}),
     "403": lambda body: (403, error(403), {}),
     "404": lambda body: (404, error(404, "No endpoints found"), {}),
     "429 final": lambda body: (429, error(429, "daily quota", availability={"retryable": False}), {}),
 }
-HEALED_BY_RETRY = [name for name in FAULTS if name not in ("400", "401", "402", "403", "404", "429 final")] \
-    + ["reset", "cut short", "cut chunks"]
+HEALED_BY_RETRY = [name for name in FAULTS if name not in ("400", "401", "401 echo", "402", "403", "404", "429 final")]
+HEALED_BY_RETRY += ["reset", "cut short", "cut chunks"]
 
 
 class ChatServer:
@@ -189,7 +190,8 @@ class ChatServer:
         elif fault == "cut short":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw[:len(raw) // 2])
         elif fault == "cut chunks":
-            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(raw) + raw[:len(raw) // 2])
+            head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(raw)
+            writer.write(head + raw[:len(raw) // 2])
         else:
             assert fault == "reset", fault
             writer.transport.abort()

@@ -1,0 +1,66 @@
+"""Which key goes to which server, and what is made of the models that it lists."""
+import pytest
+
+import chat
+import servers
+from chat_server import CARD, KEY, MODEL, PRICE_IN, PRICE_OUT, ChatServer, error
+
+
+def test_which_key_goes_where(tmp_path, monkeypatch):
+    for name in ("OPENROUTER_API_KEY", "CHAT_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    dotenv = tmp_path / ".env"
+    dotenv.write_text("OPENROUTER_API_KEY=from-file\n")
+    assert servers.find_key("https://openrouter.ai/api/v1", dotenv) == "from-file"
+    assert servers.find_key("http://127.0.0.1:8080/v1", dotenv) == "from-file"
+    assert servers.find_key("https://api.example.org/v1", dotenv) == ""       # it is nobody else's business
+    assert servers.find_key("https://openrouter.ai.example.org/v1", dotenv) == ""
+    monkeypatch.setenv("CHAT_API_KEY", "other")
+    monkeypatch.setenv("OPENROUTER_API_KEY", "from-environment\n")
+    assert servers.find_key("https://openrouter.ai/api/v1", dotenv) == "from-environment"
+    assert servers.find_key("https://api.example.org/v1", dotenv) == "other"
+    for bad in ("sk-a b", "sk-\u00e9", "sk\n-x: y"):
+        monkeypatch.setenv("CHAT_API_KEY", bad)
+        with pytest.raises(ValueError, match="CHAT_API_KEY") as refused:
+            servers.find_key("https://api.example.org/v1", dotenv)
+        assert bad not in str(refused.value)
+
+
+@pytest.mark.parametrize("card, wanted, complaint", [
+    (CARD, "test/wirter", "does not list it; it has test/writer"),
+    ({**CARD, "expiration_date": "2020-01-01"}, MODEL, "withdraws it on 2020-01-01"),
+    (CARD, None, None),
+    ({**CARD, "expiration_date": "2999-01-01"}, MODEL, None),
+])
+def test_models(card, wanted, complaint):
+    if complaint is None:
+        model = servers.find_model({"data": [card]}, wanted, "our/default", "http://localhost")
+        assert model == servers.Model(MODEL, chat.Prices(PRICE_IN, PRICE_OUT), 16384, model.expires, speaks_openrouter=True)
+    else:
+        with pytest.raises(ValueError, match=complaint):
+            servers.find_model({"data": [card]}, wanted, "our/default", "http://localhost")
+
+
+def test_what_a_key_may_still_spend():
+    model = servers.Model(MODEL, speaks_openrouter=True)
+    for page, expected in [((200, {"data": {"limit_remaining": 1.5}}), 1.5),
+                           ((200, {"data": {"limit_remaining": None}}), None),
+                           ((404, {}), None), ((200, {"data": None}), None)]:
+        with ChatServer() as server:
+            server.pages["/key"] = page
+            assert servers.key_left_usd(chat.Client(server.url, key=KEY), model) == expected
+            assert servers.key_left_usd(chat.Client(server.url), model) is None
+    with ChatServer() as server:
+        server.pages["/key"] = (401, error(401))
+        with pytest.raises(chat.Refused, match="OPENROUTER_API_KEY"):
+            servers.key_left_usd(chat.Client(server.url, key=KEY), model)
+
+
+def test_models_of_servers_that_list_little():
+    for listing in (None, [], {"data": 5}, {"data": [None, {"id": 7}]}):
+        assert servers.find_model(listing, "any", "d", "http://localhost") == servers.Model("any")
+    assert servers.find_model({"data": [{"id": "m.gguf"}]}, None, "d", "http://localhost") == servers.Model("m.gguf")
+    assert servers.find_model({"data": [CARD, {"id": "d"}]}, None, "d", "http://localhost").id == "d"
+    with pytest.raises(ValueError, match="name one"):
+        servers.find_model(None, None, "d", "http://localhost")
+    assert servers.listed_prices({"prompt": "-1", "completion": "-1"}) is None
