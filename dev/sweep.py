@@ -2,6 +2,7 @@
 
 Reads:   one or more configs; --vary changes one key of them, several --vary every combination.
 Writes:  --out, a JSON file with the log of every run, filled run by run: started again, it trains only what is missing.
+         A run that fails, by diverging for one, is left out, and the others go on.
          Beside it a figure (.png) of validation loss against time. Prints mean and range of the last loss over seeds.
 Run:     python dev/sweep.py --config configs/3M.json --vary train.peak_lr 1e-4 1e-3 1e-2 --max-steps 500 \\
              --out results/sweeps/lr.json
@@ -61,8 +62,8 @@ def settings_of(config: dict, seed: int, args: argparse.Namespace) -> dict:
             "eval_every": args.eval_every}
 
 
-def train_one(config: dict, args: argparse.Namespace) -> dict:
-    """Train one variant and return its log and what run.json says of it."""
+def train_one(config: dict, args: argparse.Namespace) -> dict | None:
+    """Train one variant and return its log and what run.json says of it, None if it failed, by diverging for one."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         path, out = Path(folder) / "config.json", Path(folder) / "model"
         path.write_text(json.dumps(config))
@@ -73,7 +74,7 @@ def train_one(config: dict, args: argparse.Namespace) -> dict:
         if code == cli.INTERRUPTED:
             raise KeyboardInterrupt
         if code:
-            raise ValueError("a run failed; the line above says why")
+            return None
         facts = json.loads((out / "run.json").read_text())
         return {"log": read_log(out / "log.jsonl"), **{k: facts[k] for k in (
             "val_loss", "n_steps", "n_tokens_seen", "elapsed_s", "train_sha256", "commit", "hardware", "precision")}}
@@ -100,6 +101,7 @@ def sweep(args: argparse.Namespace) -> None:
     wanted = variants(args.config, args.vary)
     runs = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
     for seed, (name, config) in itertools.product(range(args.seeds), wanted.items()):
         key = f"{name} seed {seed}"
         settings = settings_of(config, seed, args)
@@ -107,13 +109,24 @@ def sweep(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.out}: holds {key!r} with other settings; choose another --out")
         if key not in runs:
             print(key, file=sys.stderr)
-            runs[key] = {"settings": settings, **train_one(settings["config"], args)}
+            if (run := train_one(settings["config"], args)) is None:
+                failed.append(key)
+                continue
+            runs[key] = {"settings": settings, **run}
             write_json(args.out, runs)
             draw(runs, args.out.with_suffix(".png"))
-    width = max(map(len, wanted)) + 2
+    print_table(list(wanted), runs)
+    if failed:
+        raise ValueError(f"these runs failed, their own lines above say why: {', '.join(failed)}")
+
+
+def print_table(names: list[str], runs: dict[str, dict]) -> None:
+    width = max(map(len, names)) + 2
     print(f"{'':<{width}}{'val loss':>9}{'lowest':>9}{'highest':>9}{'seeds':>7}{'seconds':>9}")
-    for name in wanted:
+    for name in names:
         of_seeds = [run for key, run in runs.items() if key.rpartition(" seed ")[0] == name]
+        if not of_seeds:
+            continue
         losses = [run["val_loss"] for run in of_seeds]
         print(f"{name:<{width}}{statistics.mean(losses):>9.3f}{min(losses):>9.3f}{max(losses):>9.3f}{len(losses):>7}"
               f"{statistics.mean(run['elapsed_s'] for run in of_seeds):>9.0f}")

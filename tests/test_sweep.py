@@ -32,6 +32,14 @@ def test_a_sweep_trains_what_is_missing_and_nothing_twice(small, tmp_path, capsy
     assert "holds 'config peak_lr=1e-5 seed 0' with other settings" in capsys.readouterr().err
 
 
+def test_a_variant_that_diverges_does_not_stop_the_others(small, tmp_path, capsys):
+    out, vary = tmp_path / "lr.json", ["--vary", "train.peak_lr", "1e30", "1e-3"]
+    assert sweep.main(arguments(small, out, *vary)) == 2
+    captured = capsys.readouterr()
+    assert "training has diverged" in captured.err and "these runs failed" in captured.err.splitlines()[-1]
+    assert captured.out.split()[-6].startswith("peak_lr=1e-3") and list(json.loads(out.read_text())) == ["config peak_lr=1e-3 seed 0"]
+
+
 def test_a_config_that_does_not_say_how_to_train_is_one_line(small, tmp_path, capsys):
     config = json.loads((small / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"model": config["model"]}))
