@@ -1,6 +1,6 @@
 """What a judge is given: the bulletins of models, held-out ones, and the same damaged in three ways.
 
-The damaged ones are controls: whoever judges them no worse than the real ones cannot judge models either.
+The damaged ones are controls: a judge that finds them no worse than the real ones cannot judge models either.
 """
 import math
 import random
@@ -23,7 +23,6 @@ class Text(NamedTuple):
     story: str
 
 
-
 def named_files(samples: list[str]) -> dict[str, Path]:
     """Return {name: path} for arguments NAME=FILE or FILE, whose name is the file's without its suffix."""
     files: dict[str, Path] = {}
@@ -40,8 +39,8 @@ def named_files(samples: list[str]) -> dict[str, Path]:
 def texts_to_judge(files: dict[str, Path], data: Path, limit: int) -> tuple[dict[str, list[Text]], list[str]]:
     """Return {name: texts}, at most `limit` of a name, the controls last; and remarks for the user.
 
-    Where most headlines are shared by all files, only those are judged, so that every comparison is paired; then the
-    real text is that of the same headlines, if it is known. Raises ValueError if there is nothing to judge.
+    If all files share most headlines, only those are judged, so that every comparison is paired, and the real text is
+    that of the same headlines if the corpus has it. Raises ValueError if there is nothing to judge.
     """
     by_name = {name: [sample.bulletin for sample in quality.read_samples(path)] for name, path in files.items()}
     for name, path in files.items():
@@ -55,7 +54,8 @@ def texts_to_judge(files: dict[str, Path], data: Path, limit: int) -> tuple[dict
     is_paired = 2 * len(shared) > max(map(len, headlines))
     if is_paired:
         wanted = set(shared[:limit])
-        by_name = {name: [bulletin for bulletin in members if bulletin.headline in wanted] for name, members in by_name.items()}
+        by_name = {name: [bulletin for bulletin in members if bulletin.headline in wanted]
+                   for name, members in by_name.items()}
     real = [bulletin for bulletin in held_out if is_paired and bulletin.headline in wanted]
     has_own_headlines = 2 * len(real) <= min(limit, len(shared))
     if has_own_headlines:
@@ -74,8 +74,8 @@ def sharing_remarks(n_files: int, n_shared: int, is_paired: bool, has_own_headli
     if n_files > 1 and is_paired:
         remarks.append(f"{n_shared:,} headlines are shared by all samples: models are compared headline by headline")
     elif n_files > 1:
-        remarks.append(f"warning: {n_shared:,} headlines are shared by all samples: models are compared unpaired, which finds "
-                       "less; python sample.py --headline - < headlines.txt")
+        remarks.append(f"warning: {n_shared:,} headlines are shared by all samples: models are compared unpaired, "
+                       "which finds less; sample all of them with the same --headline")
     if has_own_headlines:
         remarks.append("real text: on headlines of its own, so that models are compared with it unpaired")
     return remarks

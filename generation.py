@@ -1,7 +1,7 @@
 """Batched generation with a KV cache: what `GPT.generate` does.
 
-One forward pass reads all prompts, one more writes a token in every row that goes on. On a CPU the matrices are first
-reordered for oneDNN, which then reads each of them once and in one stream, for one row as for a hundred.
+One forward pass reads all prompts; each further pass writes a token in every row that goes on. On a CPU the matrices
+are first reordered for oneDNN, which then reads each of them once and in one stream, for one row as for a hundred.
 """
 import copy
 import weakref
@@ -126,9 +126,9 @@ def plain_linear(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class Decoder:
-    """What GPT.hidden and GPT.out_head compute, written flat: in a step of one row, calling modules costs about a tenth.
+    """What GPT.hidden and GPT.out_head compute, written flat: in a step of one row, a tenth goes into calling modules.
 
-    The weights are the model's own, but for the matrices, of which `linear` makes the products.
+    The weights are the model's own, except for the matrices: `linear` makes of each layer what computes its product.
     """
 
     def __init__(self, model: nn.Module, linear: Callable[[nn.Linear], Callable]):
@@ -140,21 +140,22 @@ class Decoder:
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, cache: KVCache,
                mask: torch.Tensor | None) -> torch.Tensor:
+        """Return the states that the output head reads, [B, T, C], as GPT.hidden does."""
         n_rows, n_tokens = ids.shape
-        x = (self.tok_emb(ids) + self.pos_emb(positions)).flatten(0, 1)                     # (B, T) -> (B T, C)
+        x = (self.tok_emb(ids) + self.pos_emb(positions)).flatten(0, 1)                     # (B, T) -> (BT, C)
         is_causal = mask is None and n_tokens > 1
         for layer, (norm1, qkv, proj, norm2, up, down) in enumerate(self.blocks):
-            heads = qkv(norm1(x)).view(n_rows, n_tokens, 3, self.n_heads, -1)               # (B T, 3 C) -> (B, T, 3, H, D)
+            heads = qkv(norm1(x)).view(n_rows, n_tokens, 3, self.n_heads, -1)               # -> (B, T, 3, H, D)
             q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()                                 # -> 3 x (B, H, T, D)
             k, v = cache.extend(layer, k, v)                                                # -> (B, H, S, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-            x = x + proj(y.transpose(1, 2).reshape(x.shape))                                # (B, H, T, D) -> (B T, C)
+            x = x + proj(y.transpose(1, 2).reshape(x.shape))                                # (B, H, T, D) -> (BT, C)
             x = x + down(F.gelu(up(norm2(x))))
         return self.final_norm(x).view(n_rows, n_tokens, -1)
 
 
-FEW_ROWS = 2          # up to so many PyTorch's product in bfloat16 is the faster, even on a CPU without instructions for it
-PACKED = weakref.WeakKeyDictionary()       # model -> (state of its weights, the decoder with packed matrices made of it)
+FEW_ROWS = 2          # up to so many, PyTorch's product in bfloat16 is faster even on a CPU without instructions for it
+PACKED = weakref.WeakKeyDictionary()       # model -> (state of its weights, the packed decoder made of them)
 
 
 def decoder_of(model: nn.Module, n_rows: int) -> nn.Module | Decoder:

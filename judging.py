@@ -1,13 +1,12 @@
 """Have a large language model judge bulletins: `evaluate.py judge`.
 
-Every run judges controls too: held-out bulletins as they are, and the same damaged in three ways. A judge that does not
-tell these apart says nothing about models either. Answers are appended to --out.raw/ the moment they arrive, under keys
-that stand for all that was asked, so that a rerun asks only what is missing; --out is written anew from them.
+Every run judges controls too: held-out bulletins as they are, and the same damaged in three ways. What a judge that
+cannot tell these apart says of models means nothing. Answers are appended to --out.raw/ as they arrive, under keys that
+stand for all that was asked, so that a rerun asks only what is missing; --out is written anew from them.
 """
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -23,14 +22,16 @@ import answers
 import chat
 import servers
 from controls import Text, named_files, texts_to_judge
+from files import write_beside
 from judgements import DAMAGED, REAL
 from rubric import choosing_messages, scoring_messages
 from spending import CHARACTERS_PER_TOKEN, Forecast, describe, gentle_stop, lost_costs_noted
 
-DEFAULT_MODEL = "qwen/qwen-2.5-72b-instruct"       # of another family than the default writer of the corpus
+DEFAULT_MODEL = "qwen/qwen-2.5-72b-instruct"       # not of the family of the default writer of the corpus
 MAX_TOKENS = 500
 EXPECTED_TOKENS = 130         # of an answer, before there are any to measure
-COMMON_WORDS = {"instruct", "chat", "base", "free", "fine", "tuned", "gguf", "preview", "latest"}      # in names of models
+# Words in names of models that tell nothing of their family
+COMMON_WORDS = {"instruct", "chat", "base", "free", "fine", "tuned", "gguf", "preview", "latest"}
 
 
 class Draft(NamedTuple):
@@ -51,8 +52,8 @@ class Job(NamedTuple):
 def single_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
     """Return a question for each text, all names in turn: a run cut short has judged as much of each."""
     in_turn = sorted((text for members in texts.values() for text in members), key=lambda text: text.place)
-    return [Draft(text.name, [text.headline, text.story], {"name": text.name, "headline": text.headline, "sample": text.place})
-            for text in in_turn]
+    return [Draft(text.name, [text.headline, text.story],
+                  {"name": text.name, "headline": text.headline, "sample": text.place}) for text in in_turn]
 
 
 def pair_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
@@ -68,7 +69,7 @@ def pair_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
             continue
         shared = [headline for headline in stories[a] if headline in stories[b]]
         if not shared and REAL not in (a, b):
-            raise ValueError(f"--pairwise: {a} and {b} share no headline; python sample.py --headline - < headlines.txt")
+            raise ValueError(f"--pairwise: {a} and {b} share no headline; sample both with the same --headline")
         drafts += [Draft(f"{first}/{second}", [headline, stories[first][headline], stories[second][headline]],
                          {"headline": headline, "first": first, "second": second})
                    for headline in shared for first, second in ((a, b), (b, a))]
@@ -95,7 +96,7 @@ def jobs_of(drafts: list[Draft], n_repeats: int, identity: Callable[[Draft], lis
 
 
 def writers_of(data: Path) -> list[str]:
-    """Return the models that wrote a corpus, as far as the raw answers beside it tell: the first of each folder."""
+    """Return the models that wrote a corpus, as the raw answers beside it tell: of each folder, the first one."""
     firsts = (next(answers.read_answers(folder), {}) for folder in sorted(data.glob("raw*")) if folder.is_dir())
     return [first["model"] for first in firsts if first.get("model")]
 
@@ -106,10 +107,10 @@ def family_warnings(judge: str, data: Path) -> list[str]:
 
 
 def is_same_family(a: str, b: str) -> bool:
-    """Tell whether the names of two models share a word.
+    """Tell whether the names of two models share a word that tells of a family.
 
-    >>> is_same_family("meta-llama/llama-3.3-70b-instruct", "Llama-3.1-8B"), is_same_family("qwen/qwen3", "Llama-3.1-8B")
-    (True, False)
+    >>> is_same_family("meta-llama/llama-3.3-70b-instruct", "Llama-3.1-8B-Instruct")
+    True
     """
     words_a, words_b = (set(re.findall(r"[a-z]{3,}", name.lower())) - COMMON_WORDS for name in (a, b))
     return bool(words_a & words_b)
@@ -137,7 +138,7 @@ class Ledger:
             self.completion_tokens += usage["completion_tokens"]
 
     def forecast(self, bodies: list[dict]) -> Forecast:
-        """Return what the requests still open will take: as the answers so far, or as is expected where there are none."""
+        """Return what the open requests will take: as much each as the answers so far, or if none, as is expected."""
         n = len(bodies)
         if self.n_measured:
             return Forecast(n, n * self.prompt_tokens / self.n_measured, n * self.completion_tokens / self.n_measured)
@@ -157,15 +158,13 @@ def write_judgements(path: Path, jobs: list[Job], texts: dict[str, str | None], 
     for entry in entries if not is_pairwise else []:
         by_name.setdefault(entry.pop("name"), []).append(entry)
     if entries:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(entries if is_pairwise else by_name, indent=1, ensure_ascii=False) + "\n",
-                           encoding="utf-8")
-        os.replace(partial, path)
+        text = json.dumps(entries if is_pairwise else by_name, indent=1, ensure_ascii=False) + "\n"
+        write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def ask(jobs: list[Job], body_of: Callable[[Job, bool], dict], client: chat.Client, file: answers.AnswerFile,
         ledger: Ledger) -> None:
-    """Ask these jobs, keeping each answer the moment it comes; None in the ledger for one that was given up."""
+    """Ask these jobs, keeping each answer as it comes; one that was given up is None in the ledger."""
     for job, answer in tqdm(client.answers(jobs, body_of), total=len(jobs), unit="judgement", disable=None):
         if answer is None:
             ledger.texts[job.key] = None
@@ -186,7 +185,8 @@ def judge(args: argparse.Namespace) -> None:
         print("---", flush=True)
     client, model = servers.connect(args, DEFAULT_MODEL)
     options = {"max_tokens": MAX_TOKENS, "temperature": args.temperature, **servers.options(args, model, client.prices)}
-    jobs = jobs_of(drafts, args.repeats, lambda draft: [model.id, args.temperature, messages_of(*draft.asked, prefill=False)])
+    jobs = jobs_of(drafts, args.repeats,
+                   lambda draft: [model.id, args.temperature, messages_of(*draft.asked, prefill=False)])
     for remark in remarks + family_warnings(model.id, args.data):
         print(remark, file=sys.stderr)
     raw, ledger = args.out.with_name(f"{args.out.name}.raw"), Ledger(client.cost_of)

@@ -52,8 +52,10 @@ def read_pieces(tokenizer: SentencePieceProcessor) -> Pieces:
     """Return what a tokenizer holds; raises ValueError if the ids it gives do not follow from that alone."""
     parts = list(protobuf_fields(tokenizer.serialized_model_proto()))
     records = [dict(protobuf_fields(value)) for number, value in parts if number == 1]
-    trainer, normalizer = (dict(protobuf_fields(b"".join(value for n, value in parts if n == number))) for number in (2, 3))
-    pieces = Pieces(texts=[record[1].decode() for record in records], types=[record.get(3, NORMAL) for record in records],
+    trainer, normalizer = (dict(protobuf_fields(b"".join(value for n, value in parts if n == number)))
+                           for number in (2, 3))
+    pieces = Pieces(texts=[record[1].decode() for record in records],
+                    types=[record.get(3, NORMAL) for record in records],
                     scores=[struct.unpack("<f", record.get(2, bytes(4)))[0] for record in records],
                     charsmap=normalizer.get(2, b""))
     has_default_spaces = all(normalizer.get(flag, 1) for flag in (3, 4, 5)) and not trainer.get(24)

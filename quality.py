@@ -1,8 +1,8 @@
 """What can be measured of bulletins without a judge: repetition, novelty, fit to the headline, ending, reading grade.
 
-An absolute number says little here: each is made to stand beside the same measure on held-out bulletins.
-Words are runs of letters, digits and apostrophes, lower case; the headline counts only where a measure names it, as
-it is often given to the model and not written by it.
+An absolute number says little here, so each stands beside the same measure on held-out bulletins. Words are runs of
+letters, digits and apostrophes, in lower case. Headlines count only in the measure that names them: often they are
+given to the model, not written by it.
 """
 import json
 import lzma
@@ -23,7 +23,7 @@ NOVELTY_ORDERS = range(4, 11)
 
 
 class Sample(NamedTuple):
-    """A bulletin, and whether its writer came to an end by itself (rather than at a limit)."""
+    """A bulletin, and whether its writer ended it by itself (rather than at a limit)."""
     bulletin: bulletins.Bulletin
     is_finished: bool = True
 
@@ -107,9 +107,9 @@ def reading_grade(story: str) -> float:
 def copied_runs(stories: list[list[str]], training: Iterable[list[str]]) -> tuple[list[list[int]], list[float]]:
     """Compare stories with training stories, given as words, in one pass over the latter.
 
-    Returns for each word of each story the length of the longest run of words that starts there and stands in one
-    training story (0 if under three), and for each story its Jaccard similarity to the nearest training story, on
-    word 3-grams: exact, as the stories are few.
+    Returns, for each word of each story, the length of the longest run of words that starts there and stands in one
+    training story (0 if under three); and for each story, its exact Jaccard similarity, on word 3-grams, to the nearest
+    training story.
     """
     places, owners = defaultdict(list), defaultdict(set)
     grams = [set(n_grams(words, 3)) for words in stories]
@@ -182,9 +182,9 @@ def per_bulletin(samples: list[Sample], runs: list[list[int]],
 def pooled(samples: list[Sample], n_words: int, n_bytes: int) -> dict[str, float]:
     """Return the measures of a whole set of stories: how much of it says again what it said before.
 
-    Both fall or rise with the amount of text, so they are taken over its first n_words and n_bytes only; compare
-    sets at equal sizes. distinct_{n}_grams: distinct over all word n-grams of the stories. compression_ratio: bytes
-    over bytes after xz; the higher, the more repetitive.
+    Both depend on the amount of text, so they are taken over its first n_words and n_bytes only; compare sets at equal
+    sizes. distinct_{n}_grams: distinct over all word n-grams of the stories. compression_ratio: bytes over bytes after
+    xz; the higher, the more repetitive.
     """
     grams = {n: [] for n in DIVERSITY_ORDERS}
     for sample in samples:
@@ -199,9 +199,9 @@ def pooled(samples: list[Sample], n_words: int, n_bytes: int) -> dict[str, float
 
 
 def smollm2_nats(sets: dict[str, list[Sample]], limit: int) -> dict[str, dict[str, float]]:
-    """Return {set: {"value", "low", "high"}}: what a story costs the untouched SmolLM2 after its headline, nats per token.
+    """Return {set: {"value", "low", "high"}}: nats per token of stories after their headlines, under SmolLM2 untuned.
 
-    Of each set the first `limit` bulletins are read. Raises FileNotFoundError or ImportError where SmolLM2 is not installed.
+    Of each set, the first `limit` bulletins are read. Raises FileNotFoundError or ImportError if SmolLM2 is missing.
     """
     import smollm2
     tokenizer, model = smollm2.load_smollm2()

@@ -26,9 +26,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def headlines_of(texts: list[str] | None) -> list[str | None]:
-    """Return the headlines asked for: one None, for the model's own, without --headline; a "-" stands for standard input.
+    """Return the headlines to write stories for, with those from standard input in the place of a "-".
 
-    Raises ValueError if there is none.
+    Without --headline that is [None]: the model makes up its own. Raises ValueError if there is none.
     """
     if texts is None:
         return [None]
@@ -45,8 +45,8 @@ def write(model: GPT, tokenizer, prompts: Iterator[list[int]], args: argparse.Na
     context = model.config.context_length
     seed = args.seed << 32                     # bulletin i draws with seed + i: two seeds of a user must not meet
     while batch := list(islice(prompts, BATCH_SIZE)):
-        rows = model.generate(batch, context - min(map(len, batch)), args.temperature, args.top_k, args.top_p, args.min_p,
-                              stop_id=tokenizer.eos_id(), seed=seed)
+        rows = model.generate(batch, context - min(map(len, batch)), args.temperature, args.top_k, args.top_p,
+                              args.min_p, stop_id=tokenizer.eos_id(), seed=seed)
         seed += len(batch)
         for row in rows:
             headline, story = bulletin_of_ids(tokenizer, row[:context])
@@ -81,14 +81,18 @@ def sample(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="results/3M", help="model folder or hub id (default: %(default)s)")
-    parser.add_argument("--headline", nargs="+", action="extend", metavar="TEXT", help="write stories for these; may be "
-                        "repeated; - reads them from standard input, one a line (default: the model makes up its own)")
+    parser.add_argument("--headline", nargs="+", action="extend", metavar="TEXT",
+                        help="write stories for these; may be repeated; - reads them from standard input, one a line "
+                             "(default: the model makes up its own)")
     parser.add_argument("-n", type=int, help="bulletins a headline (default: 1, or 3 without headlines)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.7,
+                        help="0 takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that together reach this probability")
+    parser.add_argument("--top-p", type=float,
+                        help="draw from the likeliest tokens that together reach this probability")
     parser.add_argument("--min-p", type=float, help="draw from tokens at least this share as likely as the likeliest")
-    parser.add_argument("--seed", type=int, help="the same seed writes the same bulletins (default: a new one each time)")
+    parser.add_argument("--seed", type=int,
+                        help="the same seed writes the same bulletins (default: a new one each time)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the one that this machine multiplies faster")
     parser.add_argument("--json", action="store_true", help='one {"headline", "story", "finished"} a line')
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""Compare sampling options by measures that need no judge, on held-out headlines, beside the held-out stories themselves.
+"""Compare sampling options by measures that need no judge, on held-out headlines, beside the held-out stories.
 
-Reads:   a model folder and the corpus that it was not to see all of: the headlines are those of its validation split.
+Reads:   a model folder and the corpus: headlines from its validation split, its training split to find copies of.
 Writes:  a Markdown table to standard output: options in rows, measures of quality.py in columns.
 Run:     python dev/sampling_defaults.py > models/sampling.md
 """
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         for options in OPTIONS:
             path = Path(folder, "samples.jsonl")
             with path.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-                code = sample.main(["--model", args.model, "--seed", "0", "--json", *options.split(), "--headline", *headlines])
+                code = sample.main(["--model", args.model, "--seed", "0", "--json", *options.split(),
+                                    "--headline", *headlines])
             if code:
                 return code
             sets[options] = list(quality.read_samples(path))

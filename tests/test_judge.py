@@ -27,7 +27,7 @@ FAST_FAULTS = [name for name in HEALED_BY_RETRY if name != "429 soon"]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, lines) -> Path:
-    """A folder with 24 held-out bulletins and, on the same headlines, the samples of a good, a bad and a strange model."""
+    """A folder with 24 held-out bulletins, samples of a good and a bad model on their headlines, and a strange one's."""
     folder = tmp_path_factory.mktemp("corpus")
     real = [bulletin_of(line) for line in lines[:24]]
     (folder / "validation.txt").write_text("\n".join(lines[:24]) + "\n")
@@ -38,7 +38,8 @@ def corpus(tmp_path_factory, lines) -> Path:
 
 
 def write_samples(path: Path, bulletins: list) -> None:
-    path.write_text("".join(json.dumps({"headline": b.headline, "story": b.story, "finished": True}) + "\n" for b in bulletins))
+    records = [{"headline": b.headline, "story": b.story, "finished": True} for b in bulletins]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def story_of(body: dict) -> tuple[str, str]:
@@ -63,11 +64,13 @@ def constant_judge(body: dict) -> str:
 
 
 def arguments(server: ChatServer, corpus: Path, out: Path, *more) -> list[str]:
-    return [str(each) for each in ("judge", "--base-url", server.url, "--model", MODEL, "--data", corpus, "--out", out, *more)]
+    command = ["judge", "--base-url", server.url, "--model", MODEL, "--data", corpus, "--out", out, *more]
+    return [str(each) for each in command]
 
 
 def judge(server: ChatServer, corpus: Path, out: Path, *more, samples=("good", "bad")) -> int:
-    return evaluate.main(arguments(server, corpus, out, "--samples", *(corpus / f"{name}.jsonl" for name in samples), *more))
+    files = [corpus / f"{name}.jsonl" for name in samples]
+    return evaluate.main(arguments(server, corpus, out, "--samples", *files, *more))
 
 
 def report_of(out: Path) -> dict:
@@ -136,7 +139,8 @@ def test_without_prefill_and_with_broken_answers(corpus, tmp_path, capsys):
     def text_of(body: dict) -> str:
         assert body["messages"][-1]["role"] == "user"
         return broken[len(story_of(body)[1]) % 3] or "no JSON at all"
-    with ChatServer(lambda n, body: "400" if body["messages"][-1]["role"] == "assistant" else None, text_of=text_of) as server:
+    with ChatServer(lambda n, body: "400" if body["messages"][-1]["role"] == "assistant" else None,
+                    text_of=text_of) as server:
         assert judge(server, corpus, tmp_path / "out.json", "--repeats", 1) == 0
     summary = report_of(tmp_path / "out.json")["names"]["good"]
     assert 0 < summary["n_scored"] < 24 and summary["mean"] == 3
@@ -150,7 +154,8 @@ def test_repeats_show_the_noise_of_the_judge(corpus, tmp_path, capsys):
         turn = seen[story_of(body)] = seen.get(story_of(body), -1) + 1
         return f'Fine.", "evaluation": {3 + turn // 2 % 2}}}'      # the server asks twice for each request
     with ChatServer(text_of=text_of) as server:
-        assert judge(server, corpus, tmp_path / "out.json", "--repeats", 2, "--concurrency", 1, samples=("strange",)) == 0
+        assert judge(server, corpus, tmp_path / "out.json", "--repeats", 2, "--concurrency", 1,
+                     samples=("strange",)) == 0
     noise = report_of(tmp_path / "out.json")["retest"]
     assert noise["n_texts"] == 24 * 5 and noise["sd"] == pytest.approx(0.5 ** 0.5) and noise["share"] == 1
     assert "retest noise: a text judged again differs by 0.707" in capsys.readouterr().out
@@ -241,12 +246,14 @@ def test_who_always_likes_the_first_story_prefers_nobody(corpus, tmp_path, capsy
     with ChatServer(text_of=lambda body: choice_of(body, lambda first, second: "A")) as server:
         assert judge(server, corpus, tmp_path / "out.json", "--pairwise", "--repeats", 1) == 0
     report = preferences.report_of(preferences.read_preferences(tmp_path / "out.json"))
-    assert all(pair["share"] == 0.5 and pair["agree"] == 0 for pair in report["pairs"]) and report["position"]["first"] == 1
+    assert all(pair["share"] == 0.5 and pair["agree"] == 0 for pair in report["pairs"])
+    assert report["position"]["first"] == 1
     assert "MEANS NOTHING" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, value", [
-    ('{"notes": "x", "better": "A"}', 1), ('x", "better": "b"}', 0), ('{\\"better\\": \\"A\\"}', 1), ('"better": "tie', 0.5),
+    ('{"notes": "x", "better": "A"}', 1), ('x", "better": "b"}', 0), ('{\\"better\\": \\"A\\"}', 1),
+    ('"better": "tie', 0.5),
     ("A is better", None), ('"better": "A"} no, "better": "B"}', None), ('"better": "Alpha"}', None), (None, None),
     ('<think>"better": "A"</think>"better": "B"}', 0), ('"better": "A or B"}', None), ('"better": "Story B"}', 0),
     ('"better": A}', 1), ('"better": "A, or B"}', None)])
@@ -278,7 +285,8 @@ def test_what_is_asked_again_does_not_depend_on_what_else_is_judged(corpus, tmp_
     (tmp_path / "reversed.jsonl").write_text("\n".join(reversed((corpus / "good.jsonl").read_text().splitlines())))
     keys = []
     for limit in (8, 12):
-        texts, _ = controls.texts_to_judge({"a": corpus / "good.jsonl", "b": tmp_path / "reversed.jsonl"}, corpus, limit)
+        files = {"a": corpus / "good.jsonl", "b": tmp_path / "reversed.jsonl"}
+        texts, _ = controls.texts_to_judge(files, corpus, limit)
         keys.append({job.key for job in judging.jobs_of(judging.single_drafts(texts), 2, lambda draft: draft.asked)
                      if job.draft.label not in judgements.DAMAGED})
     assert len(keys[0]) == 3 * 8 * 2 and keys[0] < keys[1]
@@ -294,12 +302,14 @@ def test_unshared_headlines_are_said_and_tested_unpaired(corpus, tmp_path, capsy
         assert report_of(tmp_path / "out.json")["pairs"][0]["test"] == "two-sample"
         assert judge(server, corpus, tmp_path / "pairs.json", "--pairwise", samples=("good", "strange")) == 2
     assert "share no headline" in capsys.readouterr().err
-    assert texts_of(corpus, "strange")[1] == ["real text: on headlines of its own, so that models are compared with it unpaired"]
+    assert texts_of(corpus, "strange")[1] == [
+        "real text: on headlines of its own, so that models are compared with it unpaired"]
 
 
 def test_at_most_so_many_bulletins_on_the_same_headlines(corpus):
     texts, _ = texts_of(corpus, "good", "bad", limit=5)
-    assert {name: len(members) for name, members in texts.items()} == dict.fromkeys(["good", "bad", *judgements.CONTROLS], 5)
+    assert {name: len(members) for name, members in texts.items()} == dict.fromkeys(
+        ["good", "bad", *judgements.CONTROLS], 5)
     assert {text.headline for text in texts["good"]} == {text.headline for text in texts["bad"]} \
         == {text.headline for text in texts["real text"]}
 
@@ -307,7 +317,8 @@ def test_at_most_so_many_bulletins_on_the_same_headlines(corpus):
 def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     with ChatServer() as server:
-        for samples, part in ((["none.jsonl"], "none.jsonl: no such file"), ([tmp_path / "empty.jsonl"], "no bulletins"),
+        for samples, part in ((["none.jsonl"], "none.jsonl: no such file"),
+                              ([tmp_path / "empty.jsonl"], "no bulletins"),
                               ([corpus / "good.jsonl"] * 2, "'good' is taken"),
                               ([f"real text={corpus / 'good.jsonl'}"], "'real text' is taken")):
             assert evaluate.main(arguments(server, corpus, tmp_path / "out.json", "--samples", *samples)) == 2
