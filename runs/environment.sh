@@ -1,4 +1,5 @@
-# Sourced by the other scripts: a virtual environment in .venv, and `install FILE [PIP OPTION ...]` for what it lacks.
+# Sourced by the other scripts. Creates and activates .venv, installs requirements.txt into it, and defines
+# `install FILE [PIP OPTION ...]`, which installs a requirements file unless this version of it is installed already.
 if [ ! -x .venv/bin/python ]; then
     python3 -m venv .venv
 fi

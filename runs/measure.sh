@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure a model folder: loss.json, samples.jsonl (128 bulletins) and quality.json are written into it.
+# Measure a model: write loss.json, samples.jsonl (128 bulletins) and quality.json into its folder.
 #     bash runs/measure.sh results/3M [CORPUS_FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a language model that writes news: virtual environment, install, train for a few minutes on the
-# bundled corpus, write five bulletins. No key, no account, no GPU.
+# From a fresh clone to a language model that writes news: create a virtual environment, install, train for a few minutes
+# on the bundled corpus, write five bulletins. Needs no key, no account and no GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/environment.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train and evaluate all four sizes, by the published and the fast recipe, on the machine at hand; meant for one GPU.
-# Finished models are passed over, unfinished runs go on.
+# Train and evaluate all four sizes, with the published and the fast recipe, on this machine; meant for one GPU.
+# Finished models are not trained again; unfinished runs are resumed.
 #     bash runs/reproduce.sh [CORPUS_FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests on a fresh machine: virtual environment, install, pytest. Arguments go to pytest.
+# Run the tests on a fresh machine: create a virtual environment, install, run pytest. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/environment.sh
