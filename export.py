@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from config import Config, ModelConfig, TrainConfig, from_json
 from data import load_tokenizer
+from files import write_json
 from model import BOS, EOS, GPT, PAD
 from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
@@ -75,10 +76,6 @@ GPT2_SIZES = {"vocab_size": "vocab_size", "context_length": "n_positions", "d_em
               "d_intermediate": "n_inner", "n_heads": "n_head", "n_layers": "n_layer"}
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 TOKEN_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-
-
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_transformers(folder: Path, out: Path) -> None:
@@ -185,7 +182,7 @@ def write_gguf(folder: Path, out: Path) -> None:
     types = [NORMAL if kind == USER_DEFINED and len(text) == 1 else kind
              for text, kind in zip(pieces.texts, pieces.types)]
     writer = gguf.GGUFWriter(out, "gpt2")
-    writer.add_name(f"TinyNews {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M")
+    writer.add_name(f"TinyNews {model.n_parameters / 1e6:.1f}M")
     writer.add_license("apache-2.0")
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.d_embedding)

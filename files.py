@@ -21,4 +21,5 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    write_beside(path, lambda partial: partial.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8"))
+    text = json.dumps(values, indent=4, ensure_ascii=False) + "\n"
+    write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -93,6 +93,10 @@ class GPT(nn.Module):
         self.final_norm = LayerNorm(config.d_embedding)
         self.out_head = nn.Linear(config.d_embedding, config.vocab_size, bias=False)
 
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None,
                mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the states that the output head reads, [B, T, C], for ids [B, T].

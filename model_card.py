@@ -14,7 +14,7 @@ def model_card(model: GPT, folder: Path) -> str:
     with --json, as far as they are there. Raises ValueError naming the file that is broken.
     """
     run, loss, quality = (read_facts(folder / name) for name in ("run.json", "loss.json", "quality.json"))
-    n_parameters, config = sum(p.numel() for p in model.parameters()), model.config
+    n_parameters, config = model.n_parameters, model.config
     facts = [("validation loss", "val_loss", "{:.3f} nats per token"), ("trained on", "n_bulletins", "{:,} bulletins"),
              ("tokens in them", "n_tokens", "{:,}"), ("steps", "n_steps", "{:,}"), ("time", "elapsed_s", "{:,.0f} s"),
              ("hardware", "hardware", "{}"), ("precision", "precision", "{}"), ("commit", "commit", "{}")]

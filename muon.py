@@ -12,8 +12,12 @@ import torch.nn as nn
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose every step is made orthogonal."""
 
-    COEFFICIENTS = (3.4445, -4.7750, 2.0315)      # of the quintic that drives singular values to about 1 in 5 rounds
-    N_ROUNDS = 5
+    # Of the polynomials a s + b s^3 + c s^5 that drive singular values s from 0.001 .. 1 to about 1, round by round; the
+    # "Polar Express" of Amsel et al. 2025, which divides all but the last by 1.01 in s, to be safe from rounding.
+    ROUNDS = ((8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
+              (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
+              (3.9486908534822946 / 1.01, -2.908902115962949 / 1.01**3, 0.5518191394370137 / 1.01**5),
+              (3.3184196573706015, -2.488488024314874, 0.51004894012372))
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, momentum: float = 0.95):
         """groups: {"params": matrices, "n_parts": how many matrices each of them holds, one below the other}."""
@@ -41,13 +45,38 @@ class Muon(torch.optim.Optimizer):
 
     @classmethod
     def orthogonalised(cls, matrices: torch.Tensor) -> torch.Tensor:
-        """Return matrices [M, R, C] with the same singular vectors and singular values near 1 (Newton-Schulz)."""
+        """Return matrices [M, R, C] with the same singular vectors and singular values near 1 (Newton-Schulz).
+
+        Where C is at least 2 R, the rounds need only x x^T, which is smaller: a third fewer operations for the whole.
+        """
         x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
         is_tall = x.shape[1] > x.shape[2]
         x = x.mT if is_tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        a, b, c = cls.COEFFICIENTS
-        for _ in range(cls.N_ROUNDS):
-            square = x @ x.mT
-            x = a * x + torch.baddbmm(square, square, square, beta=b, alpha=c) @ x
+        if x.dtype == torch.float32 and x.shape[2] >= 2 * x.shape[1]:
+            x = cls.product_of_rounds(x @ x.mT) @ x
+        else:
+            for coefficients in cls.ROUNDS:
+                x = polynomial(x @ x.mT, *coefficients) @ x
         return (x.mT if is_tall else x).to(matrices.dtype)
+
+    @classmethod
+    def product_of_rounds(cls, square: torch.Tensor) -> torch.Tensor:
+        """Return what all rounds together multiply x by, [M, R, R], from the square x x^T alone.
+
+        A round with the factor f makes f x of x, and so f square f of the square. Rounding errors grow from round to
+        round: float32 can bear that, bfloat16 could not.
+        """
+        product = factor = polynomial(square, *cls.ROUNDS[0])
+        for coefficients in cls.ROUNDS[1:]:
+            square = factor @ square @ factor
+            factor = polynomial(square, *coefficients)
+            product = factor @ product
+        return product
+
+
+def polynomial(square: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+    """Return a + b square + c square^2 for matrices [M, R, R]."""
+    result = torch.baddbmm(square, square, square, beta=b, alpha=c)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result

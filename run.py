@@ -24,7 +24,7 @@ from recipe import Candidates, NextTokenLoss, initialise, make_optimizers
 from record import read_log
 
 CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_VERSION = 2        # of what a step computes: a checkpoint of another version would end in other bytes
+CHECKPOINT_VERSION = 3        # of what a step computes: a checkpoint of another version would end in other bytes
 
 
 def held_in(out: Path) -> str | None:

@@ -25,7 +25,7 @@ from config import Config
 from corpus import find_corpus
 from data import IGNORED, bulletin_losses, bulletin_of_ids
 from files import write_json
-from model import BOS, GPT
+from model import BOS
 from recipe import learning_rate, train_step
 from record import Board, commit_of_checkout, draw_log, hardware, write_log
 from run import CHECKPOINT, Run, held_in
@@ -137,7 +137,7 @@ def finish(run: Run) -> None:
         run.out.joinpath("tokenizer.vocab").write_bytes(vocab.read_bytes())
     draw(run)
     write_json(run.out / "run.json", {
-        "val_loss": run.log[-1]["val_loss"], "n_parameters": n_parameters(run.model), "n_bulletins": len(run.train),
+        "val_loss": run.log[-1]["val_loss"], "n_parameters": run.model.n_parameters, "n_bulletins": len(run.train),
         "n_tokens": int(run.train.lengths.sum()), "n_too_long": run.train.n_too_long,
         "n_malformed": run.train.n_malformed, "n_steps": run.step, "n_tokens_seen": run.n_tokens,
         "elapsed_s": round(run.elapsed_s, 1), "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -150,10 +150,6 @@ def finish(run: Run) -> None:
     run.model.eval().save_pretrained(run.out)
     for leftover in (*run.out.glob(f"{CHECKPOINT}*"), run.out / cli.LOCK):
         leftover.unlink(missing_ok=True)
-
-
-def n_parameters(model: GPT) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 # ---------------------------------------------------------------- command line
@@ -202,7 +198,7 @@ def carry_out(run: Run) -> None:
         write_json(run.out / "config.json", run.config.to_json())
         write_log(run.log_path, run.log)
         left_out = run.train.n_too_long + run.train.n_malformed
-        print(f"{n_parameters(run.model):,} parameters, {len(run.train):,} bulletins "
+        print(f"{run.model.n_parameters:,} parameters, {len(run.train):,} bulletins "
               f"({left_out:,} left out: {run.train.n_too_long:,} too long, {run.train.n_malformed:,} malformed), "
               f"{run.n_steps:,} steps on {run.ranks.n} {run.device} in {str(run.dtype).removeprefix('torch.')}",
               file=sys.stderr)

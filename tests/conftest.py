@@ -43,7 +43,8 @@ def small(tmp_path_factory, lines) -> Path:
 def run_cli():
     """Run a command of the repository in a process of its own: run_cli("train.py", "--config", ...)."""
     def run(*args, **options) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                              **options)
     return run
 
 

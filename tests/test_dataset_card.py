@@ -14,7 +14,7 @@ from test_bulletins import html_of
 
 
 def write_everything(folder: Path, lines: list[str]) -> list[str]:
-    """Write raw answers, the corpus cleaned from them, a vocabulary and a card to fill; return the command's options."""
+    """Write raw answers, the corpus cleaned from them, a vocabulary and a card to fill; return the options."""
     (folder / "raw").mkdir(parents=True)
     (folder / "vocabulary.json").write_text('[["storm", "storms"], ["xylophone"]]')
     with (folder / "raw" / "a.jsonl").open("w") as file:
@@ -24,7 +24,8 @@ def write_everything(folder: Path, lines: list[str]) -> list[str]:
                                    "created": 86400 * (i % 2)}) + "\n")
     write_corpus(folder / "raw", folder / "corpus", n_jobs=1)
     (folder / "corpus" / "README.md").write_text("Above.\n<!-- figures -->\nold\n<!-- end of figures -->\nBelow.\n")
-    return ["--data", str(folder / "corpus"), "--raw", str(folder / "raw"), "--vocabulary", str(folder / "vocabulary.json")]
+    return ["--data", str(folder / "corpus"), "--raw", str(folder / "raw"),
+            "--vocabulary", str(folder / "vocabulary.json")]
 
 
 def test_figures_are_put_between_the_marks(tmp_path, lines, small):
@@ -56,7 +57,9 @@ def test_proper_nouns_are_what_is_mostly_written_with_a_capital():
 def test_what_the_command_says_of_bad_input(tmp_path, lines, small, capsys):
     options = [*write_everything(tmp_path, lines[:60]), "--tokenizer", str(small / "tokenizer.model")]
     (tmp_path / "corpus" / "README.md").write_text("No marks.")
-    assert dataset_card.main(options) == 2 and "README.md: expected one line <!-- figures -->" in capsys.readouterr().err
+    assert dataset_card.main(options) == 2
+    assert "README.md: expected one line <!-- figures -->" in capsys.readouterr().err
     (tmp_path / "raw" / "a.jsonl").write_text("")
-    assert dataset_card.main(options) == 2 and "--raw must be the folder that it was cleaned from" in capsys.readouterr().err
+    assert dataset_card.main(options) == 2
+    assert "--raw must be the folder that it was cleaned from" in capsys.readouterr().err
     assert dataset_card.main(["--spot-check", "3", *write_everything(tmp_path / "b", lines[:60])]) == 0

@@ -168,7 +168,7 @@ def test_gguf_holds_the_tensors_and_the_tokenizer(folder, tmp_path):
 
 def test_the_card_tells_what_is_known_and_nothing_else(folder, exported, tmp_path):
     card = (exported / "README.md").read_text(encoding="utf-8")
-    n_parameters = sum(p.numel() for p in GPT.from_pretrained(folder).parameters())
+    n_parameters = GPT.from_pretrained(folder).n_parameters
     assert card.startswith("---\nlicense: apache-2.0\n") and f"{n_parameters:,} parameters" in card
     assert "| validation loss | 1.250 nats per token |" in card
     assert "1,234,567 bulletins" in card and "two slow cores" in card

@@ -27,7 +27,7 @@ FAST_FAULTS = [name for name in HEALED_BY_RETRY if name != "429 soon"]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, lines) -> Path:
-    """A folder with 24 held-out bulletins, samples of a good and a bad model on their headlines, and a strange one's."""
+    """A folder with 24 held-out bulletins, samples of a good and a bad model on them, and a strange one's."""
     folder = tmp_path_factory.mktemp("corpus")
     real = [bulletin_of(line) for line in lines[:24]]
     (folder / "validation.txt").write_text("\n".join(lines[:24]) + "\n")

@@ -188,7 +188,7 @@ def test_published_sizes(size, n_parameters):
     config = Config.load(ROOT / "configs" / f"{size}.json")
     with torch.device("meta"):
         model = GPT(config.model)
-    assert sum(p.numel() for p in model.parameters()) == n_parameters
+    assert model.n_parameters == n_parameters
     assert (config.train.peak_lr, config.train.n_epochs, config.train.batch_size) == (0.001, 2, 8)
 
 

@@ -15,7 +15,8 @@ from model import GPT
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path.name for path in ROOT.glob("*.ipynb"))
-PRIVATE = re.compile(r"/(?:home|root|Users|work|tmp|mnt|opt|usr)/|[A-Z]:\\\\|\b(?:sk-|hf_|ghp_|gsk_)\w{8}|\b\w*API_KEY\b\s*=")
+PRIVATE = re.compile(r"/(?:home|root|Users|work|tmp|mnt|opt|usr)/|[A-Z]:\\\\"
+                     r"|\b(?:sk-|hf_|ghp_|gsk_)\w{8}|\b\w*API_KEY\b\s*=")
 
 
 @pytest.fixture(params=NOTEBOOKS)
@@ -58,17 +59,19 @@ def test_size(name):
 
 
 def run(name: str, **parameters):
-    """Run a notebook with other parameters, each cell of them given after the notebook's own; return it with its outputs."""
+    """Run a notebook with other parameters, given after its own; return it with its outputs."""
     notebook = nbformat.read(ROOT / name, as_version=4)
     [cell] = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
     assert all(f"{parameter} = " in cell.source for parameter in parameters)
-    cell.source += "".join(f"\n{parameter} = {value!r}" for parameter, value in parameters.items()).replace("PosixPath", "Path")
+    lines = "".join(f"\n{parameter} = {value!r}" for parameter, value in parameters.items())
+    cell.source += lines.replace("PosixPath", "Path")
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": ROOT}}).execute()
     return notebook
 
 
 def printed(notebook) -> str:
-    return "".join(output.text for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "stream")
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
 
 
 def test_the_demo_runs_on_any_model(small, tmp_path):

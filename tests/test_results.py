@@ -38,20 +38,24 @@ def test_what_a_model_wrote_breaks_no_table(figures):
 
 
 def test_the_notebook_takes_the_runs_that_are_there(tmp_path):
-    for name, n_parameters, loss in (("tiny", 1000, 4.0), ("small", 10_000, 3.5), ("small-1", 10_000, 3.4), ("large", 100_000, 3.0)):
+    for name, n_parameters, loss in (("tiny", 1000, 4.0), ("small", 10_000, 3.5), ("small-1", 10_000, 3.4),
+                                     ("large", 100_000, 3.0)):
         folder = tmp_path / name
         folder.mkdir()
-        run = {"val_loss": loss, "n_parameters": n_parameters, "n_bulletins": 10, "n_tokens": 900, "n_steps": 5, "elapsed_s": 60.0,
-               "hardware": "none", "train_sha256": "0" * 64, "config": {"model": {"vocab_size": 512}, "train": {"n_epochs": 2}}}
+        run = {"val_loss": loss, "n_parameters": n_parameters, "n_bulletins": 10, "n_tokens": 900, "n_steps": 5,
+               "elapsed_s": 60.0, "hardware": "none", "train_sha256": "0" * 64,
+               "config": {"model": {"vocab_size": 512}, "train": {"n_epochs": 2}}}
         (folder / "run.json").write_text(json.dumps(run))
         if name != "large":                                 # of a run still under way there is not everything
-            for file, lines in (("log", [{"step": 1, "loss": 5.0, "val_loss": 5.0}, {"step": 5, "loss": 4.0, "val_loss": loss}]),
+            log = [{"step": 1, "loss": 5.0, "val_loss": 5.0}, {"step": 5, "loss": 4.0, "val_loss": loss}]
+            for file, lines in (("log", log),
                                 ("samples", [{"headline": name, "story": f"a story by {name}.", "finished": True}])):
                 (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "loss.json").write_text(json.dumps(
                 {"nats_per_token": loss, "low": loss - 0.1, "high": loss + 0.1, "bits_per_byte": 1.0}))
-            (folder / "quality.json").write_text(json.dumps({"measures": {"ends_properly": {
-                "samples": {"value": 0.5, "low": 0.4, "high": 0.6}, "held_out": {"value": 1.0, "low": 1.0, "high": 1.0}}}}))
+            ends_properly = {"samples": {"value": 0.5, "low": 0.4, "high": 0.6},
+                             "held_out": {"value": 1.0, "low": 1.0, "high": 1.0}}
+            (folder / "quality.json").write_text(json.dumps({"measures": {"ends_properly": ends_properly}}))
     notebook = nbformat.read(RESULTS / "results.ipynb", as_version=4)
     [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     cell.source += f"\nRESULTS = Path({str(tmp_path)!r})"
@@ -67,7 +71,8 @@ def test_the_notebook_ran_from_top_to_bottom_without_errors_or_paths():
     cells = [cell for cell in nbformat.read(RESULTS / "results.ipynb", as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
-    assert not re.search(r"/(?:home|root|work|tmp)/", json.dumps(cells)) and (RESULTS / "results.ipynb").stat().st_size < 600_000
+    assert not re.search(r"/(?:home|root|work|tmp)/", json.dumps(cells))
+    assert (RESULTS / "results.ipynb").stat().st_size < 600_000
 
 
 def test_the_literature_is_marked_as_such():

@@ -37,7 +37,8 @@ def test_a_variant_that_diverges_does_not_stop_the_others(small, tmp_path, capsy
     assert sweep.main(arguments(small, out, *vary)) == 2
     captured = capsys.readouterr()
     assert "training has diverged" in captured.err and "these runs failed" in captured.err.splitlines()[-1]
-    assert captured.out.split()[-6].startswith("peak_lr=1e-3") and list(json.loads(out.read_text())) == ["config peak_lr=1e-3 seed 0"]
+    assert captured.out.split()[-6].startswith("peak_lr=1e-3")
+    assert list(json.loads(out.read_text())) == ["config peak_lr=1e-3 seed 0"]
 
 
 def test_a_config_that_does_not_say_how_to_train_is_one_line(small, tmp_path, capsys):
