@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
     def orthogonalised(cls, matrices: torch.Tensor) -> torch.Tensor:
         """Return matrices [M, R, C] with the same singular vectors and singular values near 1 (Newton-Schulz).
 
-        Where C is at least 2 R, the rounds need only x x^T, which is smaller: a third fewer operations for the whole.
+        Where C is at least 2 R, the rounds need only x x^T, which is smaller: that takes half the operations or less.
         """
         x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
         is_tall = x.shape[1] > x.shape[2]
