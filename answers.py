@@ -42,13 +42,22 @@ def read_examples(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path):
-    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file."""
-    if not path.exists():
+    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file, also if a key is twice."""
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def without_repeats(members: list[tuple[str, object]]) -> dict:
+    """Return a JSON object of these members; raise ValueError if a key is twice, of which json would keep the last."""
+    found = dict(members)
+    if len(found) < len(members):
+        keys = [key for key, _ in members]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+    return found
 
 
 def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int,

@@ -1,4 +1,5 @@
 """What every command does the same way: exit codes, stopping by Ctrl-C or SIGTERM, locking a folder, processes."""
+import argparse
 import multiprocessing.pool
 import signal
 import sys
@@ -35,6 +36,17 @@ def run(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def at_least(kind: type, least: float):
+    """Return an argparse type: a finite number of this kind, not below `least`."""
+    def number(text: str):
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+    number.__name__ = kind.__name__
+    return number
 
 
 def hold(folder: Path) -> IO | None:

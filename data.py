@@ -142,6 +142,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def n_unknown(self) -> int:
+        """How many ids stand for characters that the tokenizer does not know."""
+        return int((self.ids == 0).sum())
+
     def to(self, device: torch.device | str) -> "Tokens":
         """Move the ids to a device once, so that batches need no copying; for a CPU they stay on the disk."""
         self._storage = self._storage.to(device)
@@ -270,7 +275,7 @@ def bulletin_losses(model, tokens: Tokens, batch_size: int = 8) -> tuple[np.ndar
     order = np.argsort(tokens.lengths, kind="stable")
     nats, n_targets = np.zeros(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
     tokens.to(next(model.parameters()).device)
-    for start in range(0, len(order), batch_size):
+    for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", leave=False, disable=None):
         indices = order[start:start + batch_size]
         inputs, targets = tokens.batch(indices)
         nll = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")

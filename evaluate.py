@@ -81,6 +81,7 @@ def quality_of(samples_path: Path, data: Path, max_bulletins: int, max_read: int
         except (FileNotFoundError, ImportError) as error:
             not_measured["smollm2_nats_per_token"] = str(error)
     return {**{f"n_{name}": len(members) for name, members in sets.items()}, "n_training": n_training["training"],
+            "n_smollm2": max_read,
             "measures": measures, "not_measured": not_measured}
 
 
@@ -105,13 +106,16 @@ def loss_of(model_folder: Path, paths: list[Path]) -> dict:
     """Return the loss of a model on all bulletins of the files: total over total, with its 95% interval over bulletins.
 
     nats_per_token compares models that share a tokenizer, bits_per_byte any models. Bulletins that do not fit the
-    context are left out and counted. If there are several files, "sources" holds the same for each of them.
+    context are left out and counted. "n_unknown" counts characters that the tokenizer does not know: predicting them
+    is free, so that with many of them bits_per_byte says too little. If there are several files, "sources" holds the same for each of them.
     Raises FileNotFoundError, or ValueError naming the file.
     """
     import torch
     from data import bulletin_losses, load_tokenizer, load_tokens
     from model import GPT
     for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"--data {path}: given twice")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected bulletins, as in training_data/validation.txt.xz")
     model = GPT.from_pretrained(model_folder, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -133,6 +137,7 @@ def summary_of_loss(nats: np.ndarray, n_targets: np.ndarray, read: list) -> dict
     return {"nats_per_token": loss, "low": low, "high": high,
             "bits_per_byte": nats.sum() / math.log(2) / n_bytes, "perplexity": math.exp(loss),
             "n_tokens": int(n_targets.sum()), "n_bytes": n_bytes, "n_bulletins": len(nats),
+            "n_unknown": sum(tokens.n_unknown for tokens in read),
             "n_too_long": sum(tokens.n_too_long for tokens in read),
             "n_malformed": sum(tokens.n_malformed for tokens in read)}
 
@@ -173,11 +178,11 @@ def main(argv: list[str] | None = None) -> int:
                        help="the corpus: held-out bulletins are the real text (default: %(default)s)")
     judge.add_argument("--pairwise", action="store_true",
                        help="ask which of two stories on one headline is better, in both orders, instead of for scores")
-    judge.add_argument("--repeats", type=servers.at_least(int, 1), default=3, metavar="K",
+    judge.add_argument("--repeats", type=cli.at_least(int, 1), default=3, metavar="K",
                        help="how often each text is judged (default: %(default)s)")
-    judge.add_argument("--max-bulletins", type=servers.at_least(int, 1), default=128, metavar="N",
+    judge.add_argument("--max-bulletins", type=cli.at_least(int, 1), default=128, metavar="N",
                        help="judge at most N of each model (default: %(default)s)")
-    judge.add_argument("--temperature", type=servers.at_least(float, 0), default=0.7,
+    judge.add_argument("--temperature", type=cli.at_least(float, 0), default=0.7,
                        help="of the judge; at 0, repeats show nothing (default: %(default)s)")
     judge.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
     servers.add_arguments(judge)
@@ -200,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                                "(default: %(default)s)")
     measures.add_argument("--max-bulletins", type=int, default=1000, metavar="N",
                           help="take a random N if there are more samples or held-out bulletins (default: %(default)s)")
-    measures.add_argument("--smollm2-bulletins", type=servers.at_least(int, 0), default=128, metavar="N",
+    measures.add_argument("--smollm2-bulletins", type=cli.at_least(int, 0), default=128, metavar="N",
                           help="bulletins of each set that SmolLM2-135M reads, if installed (default: %(default)s)")
     measures.add_argument("--json", action="store_true", help="print JSON")
     measures.set_defaults(run=run_quality)

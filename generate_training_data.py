@@ -247,11 +247,11 @@ def generate(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bulletins", type=servers.at_least(int, 1), default=1000, metavar="N",
+    parser.add_argument("--bulletins", type=cli.at_least(int, 1), default=1000, metavar="N",
                         help="accepted bulletins wanted, over all runs on the same --out (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("training_data/raw"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="sets the order of the seed words (default: %(default)s)")
-    parser.add_argument("--temperature", type=servers.at_least(float, 0), default=0.8, help="default: %(default)s")
+    parser.add_argument("--temperature", type=cli.at_least(float, 0), default=0.8, help="default: %(default)s")
     parser.add_argument("--dry-run", action="store_true", help="show one prompt and what the run would cost, and stop")
     parser.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     parser.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")

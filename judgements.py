@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import answers
 import stats
@@ -29,7 +30,9 @@ CONTROLS = (REAL, *DAMAGED)
 # ---------------------------------------------------------------- a judge's answer
 
 PREFILLED = '{"notes": "'
-NUMBER = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*5)?(?:\s*[(:][^0-9]*)?")      # 4, 4/5, "4: good"
+# 4, "4/5", "4 of 5 stars", "Score: 4", "4: good", "4. The story is fine"; a remark may hold no second figure
+NUMBER = re.compile(r"(?:(?:score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|(?:out )?of)\s*5(?:\.0)?)?"
+                    r"(?:\s*(?:stars?|points?))?(?:\s*(?:[(:,;]|[-.]\s)[^0-9]*)?")
 WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
 DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
@@ -39,16 +42,21 @@ DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
 EVALUATION = re.compile(r"""
     (?P<in_place> (?: ["'}\]] (?: \s* , )? | \{ ) \s* | \n [^\S\n]* )?
     (?<!\\) ["'] \s* (?i:evaluation) \s* (?<!\\) ["'] \s* : \s*
-    ["']? (?P<value> [^\s,{}()\[\]<>"']+ (?: \s* (?: / | out\ of ) \s* 5 )? ) ["']?
+    (?: " (?P<quoted> [^"{}\n]{1,80} ) "
+      | ["']? (?P<bare> [^\s,{}()\[\]<>"']+ (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) ["']? [.)]? )
     (?: (?P<goes_on> \s* , \s* ["'] )
       | (?: \s* , )? \s* [{}\]<]
-      | (?(in_place) (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: \( | /[/*] | \# | [A-Z] ) ) | (?!) ) )
+      | (?(in_place) (?: (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: [(\[] | /[/*] | \# | [A-Z] ) )
+                       | \s* ,? \s* ["']? \w+ ["']? \s* : | \s+ [a-z] [^{}"0-9]* \} ) | (?!) ) )
     """, re.VERBOSE)
+NEXT_OBJECT = re.compile(r"\}\s*\{")
 # The same where it is hardly JSON: a key that lost a quote or both, or has them all escaped, or a line such as
-# "**Evaluation:** 4". It counts only as the last thing that an answer says.
+# "**Evaluation:** 4" or a heading. It counts only as the last thing that an answer says.
 LABEL = re.compile(r"""
-    (?: \A | \n | \{ | ["'] \s* , ) [\ \t\\"'*_\#]* (?i:evaluation) [\s\\"'*_]* : [\s\\"'*_]*
-    (?P<value> [0-9]+ (?: \.[0-9]+ )? (?: \s* (?: / | out\ of ) \s* 5 )? ) [\s\\"'*_`}\]]* \Z""", re.VERBOSE)
+    (?: \A | \n | \{ | ["'] \s* , ) [\ \t\\"'*_\#-]* (?: (?i: overall | final ) [\ ] )? (?i:evaluation)
+    (?: [*_\s]* \( 1 \s* (?: - | to ) \s* 5 \) )? (?: [\s\\"'*_]* : [\s\\"'*_]* | [*_]* \n [\s*_]* )
+    (?P<value> [0-9]+ (?: \.[0-9]+ )? (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) [\s\\"'*_`}\].]* \Z""", re.VERBOSE)
+IS_WHOLE = re.compile(r"[.!?)*`]\Z")      # how an answer ends that was not cut off, as far as one can tell
 
 
 class Reading(NamedTuple):
@@ -74,11 +82,14 @@ def read_answer(text: str | None) -> Reading:
         return Reading(None, "empty")
     values, rest = sound_evaluations(text)
     if values:
-        return score_of(values[0])
-    # Typographic quotes and full-width characters become plain ones, which would have spoiled sound JSON.
-    value = broken_evaluation(unicodedata.normalize("NFKC", rest.translate(ASCII_PUNCTUATION)))
+        return score_of(values[0]) if len(set(map(str, values))) == 1 else Reading(None, "several evaluations")
+    # Typographic quotes, full-width characters and line breaks spelled \\n become plain ones, which would have spoiled
+    # sound JSON.
+    plain = unicodedata.normalize("NFKC", rest.translate(ASCII_PUNCTUATION)).replace("\\n", "\n").replace("\u200b", "")
+    value = broken_evaluation(plain.strip())
     if value is None:
-        return Reading(None, "no evaluation" if "}" in text else "cut off before the evaluation")
+        is_whole = "}" in text or IS_WHOLE.search(text)
+        return Reading(None, "no evaluation" if is_whole else "cut off before the evaluation")
     return score_of(value)
 
 
@@ -105,29 +116,35 @@ def sound_evaluations(text: str) -> tuple[list, str]:
 
 
 def evaluations_in(parsed) -> list:
-    """Return the values of "evaluation" in parsed JSON, those of an object itself before those of objects inside it."""
+    """Return the value of "evaluation" in parsed JSON: the object's own, or else those of all objects inside it."""
     if not isinstance(parsed, dict | list):
         return []
     members = list(parsed.items()) if isinstance(parsed, dict) else [("", value) for value in parsed]
-    own = [value for key, value in reversed(members) if key.strip().lower() == "evaluation"]
-    return own + [found for _, value in members for found in evaluations_in(value)]
+    own = [value for key, value in members if key.strip().lower() == "evaluation"]
+    return own[-1:] or [found for _, value in members for found in evaluations_in(value)]
 
 
 def broken_evaluation(text: str) -> str | None:
     """Return the value of "evaluation" in the first object of broken JSON; the last one if it stands there twice."""
-    value = None
+    found = None
     for match in EVALUATION.finditer(text):
-        value = match["value"]
+        if found and NEXT_OBJECT.search(text, found.end() - 1, match.end()):
+            break
+        if found and found["in_place"] and not match["in_place"]:
+            continue                              # in a remark that follows the score
+        found = match
         if match["goes_on"] is None:
             break
-    if value is None and (label := LABEL.search(text)):
-        value = label["value"]
-    return value
+    if found is None:
+        label = LABEL.search(text)
+        return label and label["value"]
+    # A full stop may be the point of a number that was cut off there.
+    return found["quoted"] or found["bare"].rstrip("" if found.end("bare") == len(text) else ".;")
 
 
 def score_of(value) -> Reading:
     """Return the score that a value of "evaluation" stands for: 4, "4/5", "4: good", "four". Half points are kept."""
-    text = unicodedata.normalize("NFKC", str(value)).strip(" *\n\"'").lower()
+    text = unicodedata.normalize("NFKC", str(value)).translate(ASCII_PUNCTUATION).strip(" *\n\"'").lower()
     match = NUMBER.fullmatch(WORDS.get(text, text))
     if match is None or isinstance(value, bool):
         return Reading(None, f"not a number: {value!r:.20}")
@@ -267,7 +284,8 @@ def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) ->
     by_name = {name: scores_by_unit(value) for name, value in judgements.items()}
 
     def compared(names: list[tuple[str, str]]) -> list[dict]:
-        pairs = with_holm([{"a": a, "b": b, **compare(by_name[a], by_name[b], units_are_shared)} for a, b in names])
+        bar = tqdm(names, desc="comparing", unit="pair", leave=False, disable=None)
+        pairs = with_holm([{"a": a, "b": b, **compare(by_name[a], by_name[b], units_are_shared)} for a, b in bar])
         for pair in pairs:
             pair["low"], pair["high"] = pair.pop("interval")
             # At the level of Holm's strictest step: such a difference is found whatever the other tests say.

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import answers
 import bulletins
 import cleaning
 import corpus
@@ -20,6 +21,7 @@ import stats
 
 DIVERSITY_ORDERS = (1, 2, 3, 4)
 NOVELTY_ORDERS = range(4, 11)
+VOCABULARY = Path(__file__).with_name("vocabulary.json")      # the seed words
 
 
 class Sample(NamedTuple):
@@ -104,6 +106,12 @@ def reading_grade(story: str) -> float:
     return 0.39 * len(words) / n_sentences(story) + 11.8 * sum(map(n_syllables, words)) / len(words) - 15.59
 
 
+def seed_words(vocabulary: list[list[str]]) -> re.Pattern:
+    """Return what finds a seed word, in one of its forms, as a whole word of a headline."""
+    forms = sorted({form.lower() for forms in vocabulary for form in forms}, key=len, reverse=True)
+    return re.compile(r"(?<![\w'-])(?:" + "|".join(map(re.escape, forms)) + r")(?![\w-])")
+
+
 def copied_runs(stories: list[list[str]], training: Iterable[list[str]]) -> tuple[list[list[int]], list[float]]:
     """Compare stories with training stories, given as words, in one pass over the latter.
 
@@ -147,14 +155,16 @@ def common_run(a: list[str], a_start: int, b: list[str], b_start: int) -> int:
     return n
 
 
-def per_bulletin(samples: list[Sample], runs: list[list[int]],
-                 nearest: list[float]) -> dict[str, tuple[list[float], list[float]]]:
+def per_bulletin(samples: list[Sample], runs: list[list[int]], nearest: list[float], known: set[str],
+                 seeds: re.Pattern) -> dict[str, tuple[list[float], list[float]]]:
     """Return {measure: (totals, counts)}, an entry for each bulletin; a measure's value is total over total.
 
-    `runs` and `nearest` are what copied_runs says of the samples' stories.
+    `runs` and `nearest` are what copied_runs says of the samples' stories; `known` are the words of the training
+    stories; `seeds` is what seed_words gives.
     """
     measures = {name: ([], []) for name in (
         "words_per_story", "reading_grade", "ends_properly", "repeats_itself", "headline_words_in_story",
+        "headlines_with_seed_word", "unseen_words",
         *(f"unseen_{n}_grams" for n in NOVELTY_ORDERS), "longest_copied_run", "nearest_training_story",
         "near_duplicates_of_training")}
 
@@ -170,6 +180,8 @@ def per_bulletin(samples: list[Sample], runs: list[list[int]],
         add("repeats_itself", bulletins.repeats_itself(bulletin.story))
         headline = bulletins.stems(bulletin.headline)
         add("headline_words_in_story", len(headline & bulletins.stems(bulletin.story)), len(headline))
+        add("headlines_with_seed_word", seeds.search(bulletin.headline.lower()) is not None)
+        add("unseen_words", sum(word not in known for word in words_of(bulletin.story)), n_words)
         for n in NOVELTY_ORDERS:
             n_places = max(0, n_words - n + 1)
             add(f"unseen_{n}_grams", sum(run < n for run in story_runs[:n_places]), n_places)
@@ -223,16 +235,25 @@ def compare(sets: dict[str, list[Sample]], training: Iterable[Sample]) -> dict[s
 
     Repetition has no interval (nan): resampling would itself repeat bulletins. `training` is read once, for all sets.
     """
+    known: set[str] = set()
+
+    def training_stories() -> Iterator[list[str]]:
+        for sample in training:
+            words = words_of(sample.bulletin.story)
+            known.update(words)
+            yield words
+
     stories = {name: [words_of(sample.bulletin.story) for sample in samples] for name, samples in sets.items()}
-    runs, nearest = copied_runs([words for members in stories.values() for words in members],
-                                (words_of(sample.bulletin.story) for sample in training))
+    runs, nearest = copied_runs([words for members in stories.values() for words in members], training_stories())
+    seeds = seed_words(answers.read_vocabulary(VOCABULARY))
     n_words = min(sum(map(len, members)) for members in stories.values())
     n_bytes = min(len(text_of(samples)) for samples in sets.values())
     measures: dict[str, dict[str, dict[str, float]]] = {}
     start = 0
     for name, samples in sets.items():
         end = start + len(samples)
-        for measure, (totals, counts) in per_bulletin(samples, runs[start:end], nearest[start:end]).items():
+        by_measure = per_bulletin(samples, runs[start:end], nearest[start:end], known, seeds)
+        for measure, (totals, counts) in by_measure.items():
             low, high = stats.ratio_interval(totals, counts)
             value = sum(totals) / sum(counts) if sum(counts) else math.nan
             measures.setdefault(measure, {})[name] = {"value": value, "low": low, "high": high}

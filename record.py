@@ -17,8 +17,14 @@ def write_log(path: Path, log: list[dict]) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the entries of log.jsonl; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Return the entries of log.jsonl; none if there is no such file. Raises ValueError naming a broken line."""
+    entries = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not JSON, but a log holds one object a line") from None
+    return entries
 
 
 def draw_log(log: list[dict], path: Path, title: str) -> None:

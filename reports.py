@@ -127,5 +127,7 @@ def plot_means(report: dict, path: Path) -> None:
                     if any(summary["unparsed"] for summary in names.values()) else ""))
     try:
         write_beside(path, lambda partial: figure.savefig(partial, format=path.suffix[1:] or "png", dpi=150))
+    except ValueError as error:
+        raise ValueError(f"--plot {path}: {error}") from None
     finally:
         pyplot.close(figure)

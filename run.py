@@ -27,6 +27,11 @@ CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_VERSION = 3        # of what a step computes: a checkpoint of another version would end in other bytes
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def held_in(out: Path) -> str | None:
     """Return the name of the file that says what a folder holds: a finished model, an unfinished run or neither."""
     return next((name for name in ("model.safetensors", CHECKPOINT) if (out / name).exists()), None)
@@ -148,7 +153,9 @@ class Run:
         """
         settings = {f"{part}.{key}": value for part, values in self.config.to_json().items()
                     for key, value in values.items()}
-        return {**settings, "tokenizer_sha256": hashlib.sha256(self.args.tokenizer.read_bytes()).hexdigest(),
+        first_weights = self.args.config / "model.safetensors" if self.args.config.is_dir() else None
+        return {**settings, "first_weights_sha256": sha256_of(first_weights) if first_weights else None,
+                "tokenizer_sha256": sha256_of(self.args.tokenizer),
                 "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256,
                 "n_steps": self.n_steps, "max_minutes": self.args.max_minutes, "device": self.device.type,
                 "processes": self.ranks.n, "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}

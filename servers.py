@@ -17,6 +17,7 @@ import requests
 from dotenv import dotenv_values
 
 import chat
+import cli
 from replies import as_dict, read_reply
 
 OPENROUTER = "https://openrouter.ai/api/v1"
@@ -37,32 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model",
                         help="model to ask (default: on OpenRouter the command's own, else the only one listed)")
     parser.add_argument("--base-url", default=OPENROUTER, help="any OpenAI-compatible server (default: %(default)s)")
-    parser.add_argument("--concurrency", type=at_least(int, 1), default=64, metavar="N",
+    parser.add_argument("--concurrency", type=cli.at_least(int, 1), default=64, metavar="N",
                         help="most requests in flight (default: %(default)s)")
-    parser.add_argument("--max-cost", type=at_least(float, 0), metavar="USD",
+    parser.add_argument("--max-cost", type=cli.at_least(float, 0), metavar="USD",
                         help="hard budget over all runs on the same --out (default: none)")
-    parser.add_argument("--price-in", type=at_least(float, 0), metavar="USD",
+    parser.add_argument("--price-in", type=cli.at_least(float, 0), metavar="USD",
                         help="price of a million prompt tokens, where the server lists none")
-    parser.add_argument("--price-out", type=at_least(float, 0), metavar="USD", help="the same for completion tokens")
+    parser.add_argument("--price-out", type=cli.at_least(float, 0), metavar="USD", help="the same for completion tokens")
     parser.add_argument("--provider-json", type=json_object, default={}, metavar="JSON",
                         help="OpenRouter's provider options, such as '{\"sort\": \"price\"}'")
     parser.add_argument("--allow-undistillable", action="store_true",
                         help="also use models whose terms forbid training on what they write")
-    parser.add_argument("--timeout", type=at_least(float, 0.1), default=120, metavar="S",
+    parser.add_argument("--timeout", type=cli.at_least(float, 0.1), default=120, metavar="S",
                         help="longest wait for one answer, in seconds (default: %(default)s)")
-    parser.add_argument("--patience", type=at_least(float, 0.1), default=300, metavar="S",
+    parser.add_argument("--patience", type=cli.at_least(float, 0.1), default=300, metavar="S",
                         help="stop when nothing has been answered for so many seconds (default: %(default)s)")
-
-
-def at_least(kind: type, least: float):
-    """Return an argparse type: a finite number of this kind, not below `least`."""
-    def number(text: str):
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
-        return value
-    number.__name__ = kind.__name__
-    return number
 
 
 def json_object(text: str) -> dict:

@@ -155,20 +155,26 @@ def finish(run: Run) -> None:
 # ---------------------------------------------------------------- command line
 
 
+def default_tokenizer(vocab_size: int) -> Path:
+    return Path("tokenizers") / f"tinynewstokenizer{vocab_size}.model"
+
+
 def complete(args: argparse.Namespace) -> Config:
     """Fill in what the command line leaves open and return the config; raise ValueError for what makes no sense."""
     config = Config.load(args.config)
     if config.train is None:
         raise ValueError(f"{args.config}: missing key train; it says how to train, see configs/3M.json")
-    for name in ("max_steps", "max_minutes", "eval_every", "micro_batch_size"):
+    for name in ("max_steps", "max_minutes", "eval_every", "micro_batch_size", "checkpoint_every"):
         value = getattr(args, name)
         if value is not None and not value > 0:           # nan is not above 0 either
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.samples < 0:
+        raise ValueError(f"--samples must not be negative, but is {args.samples}")
     args.data = find_corpus(args.data)
     args.out = args.out or Path("models") / (args.config.name if args.config.is_dir() else args.config.stem)
     is_further = (args.config / "tokenizer.model").exists()
     args.tokenizer = args.tokenizer or (args.config / "tokenizer.model" if is_further else
-                                        Path("tokenizers") / f"tinynewstokenizer{config.model.vocab_size}.model")
+                                        default_tokenizer(config.model.vocab_size))
     args.held = held_in(args.out)
     if args.held == "model.safetensors" and not args.resume:
         raise ValueError(f"{args.out}: holds a finished model; choose another --out")
@@ -206,10 +212,13 @@ def carry_out(run: Run) -> None:
         # Nothing may keep the loss beyond the loop: if it were the last to let go of the processes' connection, it
         # would wait for a thread of it while that thread waits for the interpreter.
         loop(run, run.make_loss(), board)
-    except torch.OutOfMemoryError:
-        raise OSError(f"out of memory on {run.device}: --resume with --micro-batch-size below "
-                      f"{args.micro_batch_size or math.ceil(batch_size / run.ranks.n)}; the result stays the same"
-                      ) from None
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):    # as CPUs say it
+            raise
+        n_rows = args.micro_batch_size or math.ceil(batch_size / run.ranks.n)
+        advice = ("lower model.d_embedding or model.n_layers" if n_rows == 1 else
+                  f"--resume with --micro-batch-size below {n_rows}; the result stays the same")
+        raise OSError(f"out of memory on {run.device}: {advice}") from None
     if run.ranks.is_first:
         finish(run)
         print(f"validation loss {run.log[-1]['val_loss']:.3f} nats per token after {run.step:,} steps "

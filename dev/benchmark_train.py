@@ -14,6 +14,7 @@ from devices import compile_loss, pick_device
 from model import GPT
 from precision import faster_dtype
 from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, train_step
+from train import default_tokenizer
 
 LR = 1e-4
 
@@ -24,7 +25,7 @@ def train(args: argparse.Namespace) -> dict:
     figures = {"device": str(device), "precision": str(faster_dtype(device))}
     for path in args.config:
         config = Config.load(path)
-        tokens = load_split(args.data, "train", Path(f"tokenizers/tinynewstokenizer{config.model.vocab_size}.model"),
+        tokens = load_split(args.data, "train", default_tokenizer(config.model.vocab_size),
                             config.model.context_length)
         figures |= {f"{path.stem}, {name}": value for name, value in steps_of(config, tokens, device, args).items()}
     return figures

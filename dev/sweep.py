@@ -19,9 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import answers
 import cli
 import train
 from config import Config, from_json
+from corpus import find_corpus
+from data import load_split
 from files import write_beside, write_json
 from record import read_log
 
@@ -36,6 +39,8 @@ def variants(paths: list[Path], vary: list[list[str]]) -> dict[str, dict]:
     for key, *values in vary:
         if not values or key == "train.seed":
             raise ValueError(f"--vary {key}: " + ("seeds are --seeds" if values else "expected values after the key"))
+        if len(set(values)) < len(values):
+            raise ValueError(f"--vary {key}: a value is given twice")
     for path in paths:
         for values in itertools.product(*(options for _, *options in vary)):
             config = Config.load(path).to_json()
@@ -80,6 +85,22 @@ def train_one(config: dict, args: argparse.Namespace) -> dict | None:
             "val_loss", "n_steps", "n_tokens_seen", "elapsed_s", "train_sha256", "commit", "hardware", "precision")}}
 
 
+def read_runs(path: Path) -> dict[str, dict]:
+    """Return the runs that a sweep has written; raise ValueError naming the file if it was written by something else."""
+    runs = answers.read_json(path)
+    if not isinstance(runs, dict) or not all(isinstance(run, dict) and {"settings", "train_sha256", "log"} <= run.keys()
+                                             for run in runs.values()):
+        raise ValueError(f"{path}: not the runs of a sweep; choose another --out")
+    return runs
+
+
+def sha256_of_training(config: dict, corpus: Path, tokenizer: Path | None) -> str:
+    """Return what stands for the training text, its tokenizer and the context length, as run.json holds it."""
+    model = config["model"]
+    return load_split(corpus, "train", tokenizer or train.default_tokenizer(model["vocab_size"]),
+                      model["context_length"]).sha256
+
+
 def draw(runs: dict[str, dict], path: Path) -> None:
     """Draw validation loss against seconds, a colour for each variant and a line for each seed."""
     import matplotlib
@@ -99,14 +120,19 @@ def draw(runs: dict[str, dict], path: Path) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     wanted = variants(args.config, args.vary)
-    runs = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    if args.out.suffix != ".json":
+        raise ValueError(f"--out {args.out}: expected a name that ends in .json; the figure stands beside it as .png")
+    runs = read_runs(args.out) if args.out.exists() else {}
+    corpus = find_corpus(args.data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     failed = []
     for seed, (name, config) in itertools.product(range(args.seeds), wanted.items()):
         key = f"{name} seed {seed}"
         settings = settings_of(config, seed, args)
-        if key in runs and runs[key]["settings"] != settings:
-            raise ValueError(f"{args.out}: holds {key!r} with other settings; choose another --out")
+        if key in runs and (runs[key]["settings"] != settings
+                            or runs[key]["train_sha256"] != sha256_of_training(config, corpus, args.tokenizer)):
+            raise ValueError(f"{args.out}: holds {key!r} with other settings, corpus or tokenizer; "
+                             "choose another --out")
         if key not in runs:
             print(key, file=sys.stderr)
             if (run := train_one(settings["config"], args)) is None:
@@ -137,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, nargs="+", required=True, help="config files")
     parser.add_argument("--vary", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"),
                         help="a key, such as train.peak_lr, and its values")
-    parser.add_argument("--seeds", type=int, default=1,
+    parser.add_argument("--seeds", type=cli.at_least(int, 1), default=1,
                         help="runs of each, with seeds 0, 1, 2 ... (default: %(default)s)")
     parser.add_argument("--max-steps", type=int, help="as train.py")
     parser.add_argument("--max-minutes", type=float, help="as train.py")

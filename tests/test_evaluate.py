@@ -50,6 +50,14 @@ SCORED = {
     '{"notes": "Fine.", "evaluation": "4 (good)"}': 4,
     '{"notes": "Fine.", "evaluation": "4: one small fault"}': 4,
     '{"notes": "Fine.", "evaluation": "Four"}': 4,
+    '{"notes": "Fine.", "evaluation": "4 - good"}': 4,
+    '{"notes": "Fine.", "evaluation": "4 \u2013 good"}': 4,
+    '{"notes": "Fine.", "evaluation": "4. The story is fine."}': 4,
+    '{"notes": "Fine.", "evaluation": "Score: 4"}': 4,
+    '{"notes": "Fine.", "evaluation": "4.0/5.0"}': 4,
+    '{"notes": "Fine.", "evaluation": "4 of 5 stars"}': 4,
+    'So "odd".", "evaluation": "4 - good"}': 4,
+    'Fine.", "evaluation": 4 because it is fine}': 4,
     # half points are read as they stand, never cut to 3
     '{"notes": "Fine.", "evaluation": 3.5}': 3.5,
     'He said "so".", "evaluation": 3.5}': 3.5,
@@ -78,6 +86,10 @@ SCORED = {
     'So "odd".", "evaluation": 4}\n{"notes": "B", "evaluation": 2}': 4,
     'So "odd".", "evaluation": 4\n{"notes": "B", "evaluation": 2}': 4,
     '{"notes": "Fine."}\n{"evaluation": 4}': 4,
+    'So "odd".", "evaluation": 4, "reason": "It is odd."}\n\n{"notes": "B", "evaluation": 2}': 4,
+    'So "odd".", "evaluation": 4, "plot": 3, "style": 2}\n\n{"notes": "B", "evaluation": 2}': 4,
+    '{"evaluation": 4, "notes": "So "odd" story"}\n{"evaluation": 1, "notes": "B"}': 4,
+    'So "odd".", "evaluation": 4, "reason": "The "evaluation": 2} is low"}': 4,
     'Fine.", "evaluation": 4}<|eot_id|>': 4,
     'Fine.", "evaluation": 4<|im_end|>': 4,
     # text before, code fences, thinking
@@ -99,6 +111,15 @@ SCORED = {
     'Fine."\n"evaluation": 4}': 4,
     'Fine.", "evaluation": 4}}': 4,
     'So "odd".", "evaluation": 4, "certain": true}': 4,
+    'Fine.", "evaluation": 4;}': 4,
+    'Fine.", "evaluation": 4.}': 4,
+    'So "odd".", "evaluation": 4)': 4,
+    'Fine.", "evaluation": 4 [/INST]': 4,
+    'Fine.", "evaluation": 4\u200b}': 4,
+    'So "odd".", "evaluation": 4 "reason": "It is odd."}': 4,
+    'So "odd".", "evaluation": 4, reason: "It is odd."}': 4,
+    'Fine.",\\n"evaluation": 4\\n}': 4,
+    '{"notes": "Fine.",\\n"evaluation": 4\\n}': 4,
     # other quotes and remarks
     "{'notes': 'Fine.', 'evaluation': 4}": 4,
     "{“notes”: “Fine.”, “evaluation”: 4}": 4,
@@ -120,6 +141,9 @@ SCORED = {
     'Fine.", "evaluation": 4/5}': 4,
     'Fine.", "evaluation": four}': 4,
     # no JSON, but a last line that says which number it is
+    "The plot is clear.\nOverall evaluation: 4.": 4,
+    "The plot is clear.\n- **Evaluation** (1-5): 4": 4,
+    "The plot is clear.\n## Evaluation\n4": 4,
     "Notes: fine.\n\nEvaluation: 4": 4,
     "Notes: fine.\n\n**Evaluation:** 4/5\n": 4,
 }
@@ -137,8 +161,8 @@ UNSCORED = {
     None: "empty",
     "": "empty",
     " \n": "empty",
-    "```json\n```": "cut off",
-    "I cannot judge this.": "cut off",
+    "```json\n```": "no evaluation",
+    "I cannot judge this.": "no evaluation",
     "The story begins well, and then the": "cut off",
     'Fine.", "evalu': "cut off",
     'Fine.", "evaluation": ': "cut off",
@@ -153,11 +177,13 @@ UNSCORED = {
     'Of "grammar", "evaluation": 3 is what many would': "cut off",
     "<think>I would say {\"evaluation\": 3} but": "empty",
     'Fine.", "evaluation": 4.': "not a number: '4.'",
+    '{"notes": {"grammar": {"evaluation": 5}, "plot": {"evaluation": 2}}}': "several evaluations",
+    '{"grammar": {"evaluation": 5}, "plot": {"evaluation": 2}, "overall": {"evaluation": 3}}': "several evaluations",
     'Fine."}': "no evaluation",
     '{"notes": "Fine.", "score": 4}': "no evaluation",
     '{"notes": "Its \'evaluation\': 3} is odd."}': "no evaluation",
     'It says “evaluation”: 3}, which is odd."}': "no evaluation",
-    "Fine.\nEvaluation: 3\nThat is harsh.": "cut off",
+    "Fine.\nEvaluation: 3\nThat is harsh.": "no evaluation",
     "Good plot, evaluation: 4": "cut off",
     "Notes: fine.\nEvaluation: 7": "outside 1 to 5: 7",
     'Fine.", "evaluation": 4,5}': "no evaluation",
@@ -343,7 +369,8 @@ def test_report_of_one_name_with_one_answer(tmp_path):
 
 
 @pytest.mark.parametrize("content, part", [
-    ("", "not JSON"), ("{", "not JSON"), ('{"a": ["x"]}\n{"a": ["y"]}', "not JSON"), ('{"a": ["x', "not JSON"),
+    ("", "not JSON"), ("{", "not JSON"), ('{"a": ["x"], "a": ["y"]}', "the key 'a' is twice"),
+    ('{"a": ["x"]}\n{"a": ["y"]}', "not JSON"), ('{"a": ["x', "not JSON"),
     ("[1]", "entry 1: expected headline"), ("[]", "no answers"), ("{}", "name: [answer"), ("4", "name: [answer"),
     ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
     ('{"a": [{"text": "x"}]}', "a, answer 1"), ('{"a": [{"headline": "h", "text": "x"}, "y"]}', "all or none")])
@@ -388,8 +415,9 @@ def sample(story, headline="cat sleeps in the tree", is_finished=True):
 def measured(*samples, training=()):
     training = [words.split() for words in training]
     runs, nearest = quality.copied_runs([quality.words_of(s.bulletin.story) for s in samples], training)
+    known, seeds = {word for words in training for word in words}, quality.seed_words([["sleep", "sleeps"], ["tr"]])
     return {name: sum(totals) / sum(counts) if sum(counts) else None
-            for name, (totals, counts) in quality.per_bulletin(list(samples), runs, nearest).items()}
+            for name, (totals, counts) in quality.per_bulletin(list(samples), runs, nearest, known, seeds).items()}
 
 
 def test_copied_runs_by_hand():
@@ -407,6 +435,12 @@ def test_novelty_by_hand():
     assert (values["longest_copied_run"], values["nearest_training_story"]) == (4, 2 / 5)
     copy = measured(sample("A b c, d e f g h i j k."), training=["a b c d e f g h i j k"])
     assert (copy["unseen_10_grams"], copy["longest_copied_run"], copy["near_duplicates_of_training"]) == (0, 11, 1)
+
+
+def test_seed_words_and_new_words_by_hand():
+    values = measured(sample("a b zog."), sample("a b.", "a tree asleep"), training=["a b c"])
+    assert values["headlines_with_seed_word"] == 0.5             # of sleeps, and neither asleep nor tree
+    assert values["unseen_words"] == 1 / 5
 
 
 def test_runs_agree_with_a_plain_search():

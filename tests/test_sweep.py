@@ -48,12 +48,34 @@ def test_a_config_that_does_not_say_how_to_train_is_one_line(small, tmp_path, ca
     assert capsys.readouterr().err == f"error: {tmp_path / 'config.json'}: missing key train\n"
 
 
+def test_runs_on_another_corpus_stay_apart(small, tmp_path, capsys):
+    out, vary = tmp_path / "lr.json", ["--vary", "train.peak_lr", "1e-3"]
+    assert sweep.main(arguments(small, out, *vary)) == 0
+    runs = json.loads(out.read_text())
+    runs["config peak_lr=1e-3 seed 0"]["train_sha256"] = "of another text"
+    out.write_text(json.dumps(runs))
+    assert sweep.main(arguments(small, out, *vary, "--seeds", "2")) == 2
+    assert "other settings, corpus or tokenizer" in capsys.readouterr().err and json.loads(out.read_text()) == runs
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.png", None, "expected a name that ends in .json"), ("a.json", "[]", "not the runs of a sweep"),
+    ("a.json", '{"config seed 0": {}}', "not the runs of a sweep"), ("a.json", "{", "a.json: not JSON")])
+def test_a_file_of_something_else_is_left_alone(small, tmp_path, name, content, message, capsys):
+    out = tmp_path / name
+    if content is not None:
+        out.write_text(content)
+    assert sweep.main(arguments(small, out)) == 2
+    assert message in capsys.readouterr().err and (out.read_text() if out.exists() else None) == content
+
+
 @pytest.mark.parametrize("vary, message", [
     (["train.peak", "1"], "unknown key train.peak"),
     (["train.schedule", "zigzag"], "train.schedule must be cosine or linear or wsd"),
     (["train.peak_lr"], "expected values after the key"),
     (["train.seed", "1"], "seeds are --seeds"),
     (["schedule", "wsd"], "unknown key schedule"),
+    (["train.peak_lr", "1e-3", "1e-3"], "a value is given twice"),
 ])
 def test_bad_variants_are_one_line(small, tmp_path, vary, message, capsys):
     assert sweep.main(arguments(small, tmp_path / "out.json", "--vary", *vary)) == 2

@@ -221,7 +221,7 @@ def test_resuming_what_is_finished_is_no_error(finished, small, capsys):
     assert "finished already" in capsys.readouterr().err and (finished[0] / "model.safetensors").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(small, tmp_path, capsys):
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, small, tmp_path, capsys):
     out = tmp_path / "model"
     process = start_until(small, out, 1)
     process.kill()
@@ -231,6 +231,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(small, tmp_pat
     (tmp_path / "other.json").write_text(json.dumps(config))
     assert train.main([*command(small, out, "--resume")[2:], "--config", str(tmp_path / "other.json")]) == 2
     assert "started otherwise: train.peak_lr was 0.01, is 0.02\n" in capsys.readouterr().err
+    assert train.main([*command(small, out, "--resume")[2:], "--config", str(finished[0])]) == 2
+    assert "started otherwise: first_weights_sha256 was None, is " in capsys.readouterr().err
+    (out / "log.jsonl").write_text("{")
+    assert train.main(command(small, out, "--resume")[2:]) == 2
+    assert "log.jsonl:1: not JSON" in capsys.readouterr().err
     torch.save({"step": 1}, out / "checkpoint.pt")
     assert train.main(command(small, out, "--resume")[2:]) == 2
     assert "checkpoint.pt: not a checkpoint of a run" in capsys.readouterr().err
@@ -317,6 +322,14 @@ def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys):
     assert train.main(command(small, tmp_path / "model")[2:]) == 1
     assert capsys.readouterr().err.endswith(
         "error: out of memory on cpu: --resume with --micro-batch-size below 8; the result stays the same\n")
+
+
+def test_out_of_memory_as_a_cpu_says_it_with_nothing_left_to_split(small, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes.")
+    monkeypatch.setattr(train, "train_step", full)
+    assert train.main(command(small, tmp_path / "model", "--micro-batch-size", 1)[2:]) == 1
+    assert capsys.readouterr().err.endswith("error: out of memory on cpu: lower model.d_embedding or model.n_layers\n")
 
 
 def test_tensorboard_is_asked_for_by_name(small, tmp_path, monkeypatch, capsys):
