@@ -111,6 +111,8 @@ def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
     if not isinstance(answer, dict) or any(name not in answer for name in required) or not all(
             isinstance(answer[name], str) for name in ("key", "text")):
         raise ValueError(f"{where}: expected an object with {', '.join(required)}, and text a string")
+    if not isinstance(answer.get("score"), int | float | None):
+        raise ValueError(f"{where}: score must be a number")
     return answer
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import cli
 
 SEPARATOR = "</h>"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,;:'\"!?%$&-"       # all that a line of the corpus may be spelt with
 MIN_SCORE = -6.2              # lowest mean log-probability per token, in nats, where the answer carries a score
 STOP_WORDS = frozenset("""
     all and any are but can did few for had has her him his how its may new not now off one our out own saw say says she
@@ -93,7 +94,7 @@ def tidy(text: str) -> str:
 # ---------------------------------------------------------------- rules: strict
 
 FORBIDDEN = re.compile(r"[()\[\]{}<>/@#^]|\.\.\.")
-OUTSIDE_ALPHABET = re.compile(r"[^A-Za-z0-9 .,;:'\"!?%$&-]")
+OUTSIDE_ALPHABET = re.compile(f"[^A-Z{re.escape(ALPHABET)}]")
 ENDING = re.compile(r"[.!?][\"']?$")
 DOUBLED = re.compile(r"\b(?!had\b|that\b)(\w+) \1\b|\b(?!more\b|again\b)(\w{4,}) and \2\b")
 

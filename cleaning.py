@@ -123,7 +123,7 @@ def write_corpus(raw: Path, out: Path, n_jobs: int) -> dict:
     names = ["train.txt", "validation.txt", "rejected.jsonl"]
     if report_path.exists() and all((out / name).exists() for name in names):
         report = answers.read_json(report_path)
-        if report.items() >= sources.items():
+        if isinstance(report, dict) and report.items() >= sources.items():
             return report
     out.mkdir(parents=True, exist_ok=True)
     partials = {name: out / f"{name}.partial" for name in names}

@@ -91,7 +91,11 @@ class Config:
             raise FileNotFoundError(f"{path}: no such config; the published ones are configs/3M.json to "
                                     "configs/59M.json")
         try:
-            return from_json(cls, json.loads(path.read_text(encoding="utf-8")), "")
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and "model_type" in values:
+                raise ValueError(f"a model for transformers; python export.py --model {path.parent} --to tinynews "
+                                 "--out DIR makes it one of ours")
+            return from_json(cls, values, "")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

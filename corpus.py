@@ -67,9 +67,12 @@ def publish(folder: Path, shard_size: int) -> list[Path]:
     """Compress validation.txt, once, and what train.txt holds beyond the published shards into new ones.
 
     A shard stays as it is, full or not; each new one but the last holds shard_size bulletins. Returns the new files.
-    Raises ValueError if train.txt does not begin with what is published, or if a shard is missing before the last.
+    Raises ValueError if train.txt does not begin with what is published, or if a shard is missing before the last;
+    also if nothing is held out yet, as what is published then would stay so.
     """
     new = []
+    if (folder / "validation.txt").stat().st_size == 0:
+        raise ValueError(f"{folder / 'validation.txt'}: no bulletin is held out yet; one in 20 is, so first gather more")
     if not published_files(folder, "validation"):
         new.append(folder / "validation.txt.xz")
         write_xz(new[0], (folder / "validation.txt").read_text(encoding="utf-8"))

@@ -1,13 +1,14 @@
 """Bulletins as tokens: encoded once, memory-mapped, cut into batches of near-equal length.
 
-The tokens of a corpus (see corpus.py) are kept in .tokens/ in its folder, under a name that is the hash of the text,
-the tokenizer and the context length.
+The tokens of a corpus (see corpus.py) are kept in .tokens/ in its folder (here, if that is only to be read), under a
+name that is the hash of the text, the tokenizer and the context length.
 """
 import hashlib
 import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bulletins import SEPARATOR, Bulletin
+from bulletins import ALPHABET, ASCII_PUNCTUATION, SEPARATOR, Bulletin
 from cli import start_workers
 from corpus import corpus_files, lines_of
 from files import write_beside
@@ -26,6 +27,7 @@ from files import write_beside
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
 SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together: more pads less and mixes less
+MAX_UNKNOWN = 0.01            # share of characters unknown to the tokenizer above which text is not the corpus's kind
 LINES_A_TASK = 2000           # lines that a process encodes at once
 
 
@@ -60,9 +62,9 @@ def train_tokenizer(text: Path, vocab_size: int, prefix: Path, crosses_spaces: b
 
     crosses_spaces: pieces may hold several words ("superwords"), as dev/superwords.py tries.
     The same lines give the same bytes, whatever file they are in. The options differ from sentencepiece's defaults on
-    purpose: the text is clean ASCII, so normalisation is the identity and every character is covered; no byte pieces,
-    since an alphabet that is known needs no fallback; digits and the marks of prices and quotations are pieces of
-    their own, as in the published tokenizers.
+    purpose: the text is clean ASCII, so normalisation is the identity and every character is covered, those of the
+    ALPHABET that this text lacks too; no byte pieces, since an alphabet that is known needs no fallback; digits and the
+    marks of prices and quotations are pieces of their own, as in the published tokenizers.
     Raises FileNotFoundError, or ValueError if the text is not UTF-8, holds nothing or cannot fill the vocabulary.
     """
     if sum(1 for _ in lines_of([text])) == 0:             # reads it all, so that errors are ours, not sentencepiece's
@@ -72,6 +74,7 @@ def train_tokenizer(text: Path, vocab_size: int, prefix: Path, crosses_spaces: b
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines_of([text]), model_writer=proto, model_type="bpe", vocab_size=vocab_size,
             user_defined_symbols=USER_SYMBOLS, character_coverage=1.0, normalization_rule_name="identity",
+            required_chars="".join(sorted(set(ALPHABET) - set(USER_SYMBOLS) - {" "})),
             byte_fallback=False, split_by_whitespace=not crosses_spaces, input_sentence_size=2_000_000,
             shuffle_input_sentence=True, max_sentence_length=8192, num_threads=1, minloglevel=2)
     except RuntimeError as error:
@@ -96,16 +99,20 @@ def reason_of(error: str) -> str:
 def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | None, context_length: int) -> list[int]:
     """Return the ids that ask a model for a bulletin: all of it if headline is None, else its story.
 
-    Raises ValueError if the headline holds a character that the tokenizer does not know, or leaves no room for a story.
+    Typographic quotes and dashes count as plain ones, as in the corpus. Raises ValueError if the headline holds a
+    character that the tokenizer does not know, or leaves no room for a story.
     """
     if headline is None:
         return [tokenizer.bos_id()]
-    text = " ".join(headline.lower().split())
+    text = " ".join(headline.lower().translate(ASCII_PUNCTUATION).split())
     if not text or SEPARATOR in text:
         raise ValueError(f"headline {headline!r}: expected a line of text without {SEPARATOR}")
-    unknown = sorted({character for character in text if tokenizer.unk_id() in tokenizer.encode(character)})
+    # A surrogate stands for a byte that is no UTF-8; sentencepiece takes its own sign for a space as one.
+    unknown = sorted({c for c in text if "\ud800" <= c <= "\udfff" or c == "\u2581"
+                      or tokenizer.unk_id() in tokenizer.encode(c)})
     if unknown:
-        raise ValueError(f"headline {headline!r}: the tokenizer does not know {' '.join(unknown)}")
+        shown = " ".join(c if c.isprintable() and not unicodedata.combining(c) else ascii(c) for c in unknown)
+        raise ValueError(f"headline {headline!r}: the tokenizer does not know {shown}")
     ids = [tokenizer.bos_id(), *tokenizer.encode(f"{text} {SEPARATOR}")]
     if len(ids) > context_length // 2:
         raise ValueError(f"headline {headline!r}: {len(ids)} tokens leave no room for a story in a context of "
@@ -191,18 +198,26 @@ def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]
 def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) -> Tokens:
     """Return the tokens of text files, from the cache beside the first of them or else encoded now, on all cores.
 
-    Raises FileNotFoundError or ValueError naming the file, also if no bulletin is left to train on.
+    Raises FileNotFoundError or ValueError naming the file, also if no bulletin is left to train on or too many of the
+    characters are unknown.
     """
     digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
     for path in [*paths, tokenizer_path]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    stem = paths[0].parent / ".tokens" / digest.hexdigest()[:24]
+    folder = paths[0].parent / ".tokens"
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        folder = Path(".tokens").resolve()                        # the corpus lies on a disk that is only read
+    stem = folder / digest.hexdigest()[:24]
     if not stem.with_suffix(".json").exists():
         encode_files(paths, tokenizer_path.read_bytes(), context_length, stem)
     facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     ids = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="c")
-    return Tokens(ids, np.load(stem.with_suffix(".npy")), **facts, sha256=digest.hexdigest())
+    tokens = Tokens(ids, np.load(stem.with_suffix(".npy")), **facts, sha256=digest.hexdigest())
+    if (share := tokens.n_unknown / len(ids)) > MAX_UNKNOWN:
+        raise ValueError(f"{paths[0]}: {share:.1%} of its tokens are characters that {tokenizer_path} does not know; "
+                         "a corpus is lower case, as bulletins.py writes it, or has a tokenizer of its own")
+    return tokens
 
 
 def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Path) -> None:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import cli
 from config import Config, ModelConfig, TrainConfig, from_json
 from data import load_tokenizer
 from files import write_json
+from hub import find_folder
 from model import BOS, EOS, GPT, PAD
 from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
@@ -84,7 +85,8 @@ def write_transformers(folder: Path, out: Path) -> None:
     pieces = load_pieces(folder / "tokenizer.model", config.model.vocab_size)
     context_length = config.model.context_length
     weights = {name: turned(name, weight) for name, weight in weights_with_biases(model).items()}
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    # Not by save_file, which would let no other user read the file.
+    (out / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
     write_json(out / "config.json", {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **GPT2_SETTINGS, "tie_word_embeddings": False,
         **{theirs: getattr(config.model, ours) for ours, theirs in GPT2_SIZES.items()}, **TOKEN_IDS,
@@ -128,7 +130,9 @@ def config_of_transformers(path: Path) -> Config:
         if not isinstance(kept, dict):
             raise ValueError(f"tinynews must be an object of keys, not {json.dumps(kept)}")
         sizes = {ours: values.get(theirs) for ours, theirs in GPT2_SIZES.items()}
-        sizes["qkv_bias"] = kept.get("model", {}).get("qkv_bias", False)
+        if sizes["d_intermediate"] is None and isinstance(sizes["d_embedding"], int):
+            sizes["d_intermediate"] = 4 * sizes["d_embedding"]            # which transformers takes null for
+        sizes["qkv_bias"] = isinstance(kept.get("model"), dict) and kept["model"].get("qkv_bias", False)
         train = from_json(TrainConfig, kept["train"], "tinynews.train") if "train" in kept else None
         return Config(from_json(ModelConfig, sizes, "model"), train)
     except ValueError as error:
@@ -219,19 +223,20 @@ def export(args: argparse.Namespace) -> None:
     """Write --out, whole or not at all. Raises FileNotFoundError or ValueError for input that cannot be exported."""
     if args.out.exists():
         raise ValueError(f"{args.out}: exists already; remove it or choose another --out")
-    if not args.model.is_dir():
+    folder = find_folder(args.model, "model", ["*.json", "*.safetensors", "tokenizer.*"])
+    if not folder.is_dir():
         raise FileNotFoundError(f"{args.model}: no such model folder")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = args.out.with_name(f"{args.out.name}.{os.getpid()}.partial")
     try:
         if args.to == "gguf":
-            write_gguf(args.model, partial)
+            write_gguf(folder, partial)
         else:
             partial.mkdir()
-            (write_transformers if args.to == "transformers" else write_tinynews)(args.model, partial)
+            (write_transformers if args.to == "transformers" else write_tinynews)(folder, partial)
             for name in COMPANIONS:
-                if (args.model / name).exists():
-                    shutil.copyfile(args.model / name, partial / name)
+                if (folder / name).exists():
+                    shutil.copyfile(folder / name, partial / name)
         os.replace(partial, args.out)
     finally:
         if partial.is_dir():
@@ -243,7 +248,8 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("results/3M"), help="model folder (default: %(default)s)")
+    parser.add_argument("--model", default="results/3M", metavar="DIR_OR_HUB_ID",
+                        help="model folder or hub id (default: %(default)s)")
     parser.add_argument("--to", required=True, choices=["transformers", "gguf", "tinynews"], help="what to write")
     parser.add_argument("--out", type=Path, required=True, help="folder (transformers, tinynews) or file (gguf) to "
                         "write; must not exist yet")

@@ -13,15 +13,20 @@ def find_folder(name: Path | str, kind: str, patterns: list[str]) -> Path:
     if Path(name).is_dir() or name.count("/") != 1 or name.startswith("."):
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError, HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError)
     try:
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))
     except HFValidationError:
         reason = "it cannot be an id of the hub"
+    except GatedRepoError:
+        reason = f"the hub gives this {kind} only to those who have accepted its terms (hf auth login)"
     except RepositoryNotFoundError:
         reason = f"the hub has no such {kind}, or it is private (hf auth login)"
-    except LocalEntryNotFoundError:
-        reason = f"the hub cannot be reached; no such {kind} is in its cache on this machine"
-    except (HTTPError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        response = getattr(error.__cause__, "response", None)
+        said = "cannot be reached" if response is None else f"answers {response.status_code}"
+        reason = f"the hub {said}; no such {kind} is in its cache on this machine"
+    except (HTTPError, OSError, ValueError) as error:
         reason = f"the hub did not give the {kind} ({type(error).__name__})"
     raise FileNotFoundError(f"{name}: no such folder, and {reason}")

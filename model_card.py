@@ -13,20 +13,13 @@ def model_card(model: GPT, folder: Path) -> str:
     Of the folder: run.json of its training, loss.json and quality.json as `evaluate.py loss` and `quality` print them
     with --json, as far as they are there. Raises ValueError naming the file that is broken.
     """
-    run, loss, quality = (read_facts(folder / name) for name in ("run.json", "loss.json", "quality.json"))
+    rows = []
+    for name, rows_of in (("run.json", rows_of_run), ("loss.json", rows_of_loss), ("quality.json", rows_of_quality)):
+        try:
+            rows += rows_of(json.loads((folder / name).read_text(encoding="utf-8"))) if (folder / name).exists() else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / name}: not what its command writes ({error})") from None
     n_parameters, config = model.n_parameters, model.config
-    facts = [("validation loss", "val_loss", "{:.3f} nats per token"), ("trained on", "n_bulletins", "{:,} bulletins"),
-             ("tokens in them", "n_tokens", "{:,}"), ("steps", "n_steps", "{:,}"), ("time", "elapsed_s", "{:,.0f} s"),
-             ("hardware", "hardware", "{}"), ("precision", "precision", "{}"), ("commit", "commit", "{}")]
-    rows = [f"| {title} | {form.format(run[key])} |" for title, key, form in facts if run.get(key) is not None]
-    if loss:
-        interval = "" if loss["low"] is None else f" (95% interval {loss['low']:.3f} to {loss['high']:.3f})"
-        rows.append(f"| held-out loss | {loss['nats_per_token']:.3f} nats per token{interval}, "
-                    f"{loss['bits_per_byte']:.3f} bits per byte, {loss['n_bulletins']:,} bulletins |")
-    if quality:
-        rows.append("\n## Its bulletins beside held-out ones\n\n| measure | its own | held-out |\n| --- | --- | --- |")
-        rows += [f"| {name} | {figure(sets['samples'])} | {figure(sets['held_out'])} |"
-                 for name, sets in quality["measures"].items()]
     told = "\n".join(["", *rows])
     return f"""---
 license: apache-2.0
@@ -63,13 +56,24 @@ With TinyNews itself:
 """
 
 
+def rows_of_run(run: dict) -> list[str]:
+    facts = [("validation loss", "val_loss", "{:.3f} nats per token"), ("trained on", "n_bulletins", "{:,} bulletins"),
+             ("tokens in them", "n_tokens", "{:,}"), ("steps", "n_steps", "{:,}"), ("time", "elapsed_s", "{:,.0f} s"),
+             ("hardware", "hardware", "{}"), ("precision", "precision", "{}"), ("commit", "commit", "{}")]
+    return [f"| {title} | {form.format(run[key])} |" for title, key, form in facts if run.get(key) is not None]
+
+
+def rows_of_loss(loss: dict) -> list[str]:
+    interval = "" if loss["low"] is None else f" (95% interval {loss['low']:.3f} to {loss['high']:.3f})"
+    return [f"| held-out loss | {loss['nats_per_token']:.3f} nats per token{interval}, "
+            f"{loss['bits_per_byte']:.3f} bits per byte, {loss['n_bulletins']:,} bulletins |"]
+
+
+def rows_of_quality(quality: dict) -> list[str]:
+    return ["\n## Its bulletins beside held-out ones\n\n| measure | its own | held-out |\n| --- | --- | --- |",
+            *(f"| {name} | {figure(sets['samples'])} | {figure(sets['held_out'])} |"
+              for name, sets in quality["measures"].items())]
+
+
 def figure(measure: dict) -> str:
     return "-" if measure["value"] is None else f"{measure['value']:.3f}"
-
-
-def read_facts(path: Path) -> dict:
-    """Return what a JSON file of a model folder holds, {} if it is not there; raises ValueError naming a broken one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

@@ -97,9 +97,9 @@ def tokenizer_json(pieces: Pieces) -> dict:
         "post_processor": {"type": "TemplateProcessing", "single": [bos, text],
                            "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 0}}],
                            "special_tokens": {"<s>": {"id": "<s>", "ids": [ids["<s>"]], "tokens": ["<s>"]}}},
+        # The space in front of the first word is left: a pipeline decodes what was written apart from its prompt.
         "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "Fuse"}]},
         "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": False, "ignore_merges": True,
                   "vocab": ids, "merges": [merge for _, merge in sorted(merges, key=lambda m: -m[0])]}}

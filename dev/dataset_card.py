@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     parser.add_argument("--tokenizer", type=Path, default=Path("tokenizers/tinynewstokenizer8192.model"),
                         help="default: %(default)s")
-    parser.add_argument("--spot-check", type=int, metavar="N",
+    parser.add_argument("--spot-check", type=cli.at_least(int, 1), metavar="N",
                         help="print N bulletins with the proper nouns found, and stop")
     args = parser.parse_args(argv)
 

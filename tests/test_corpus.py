@@ -4,6 +4,14 @@ import pytest
 from corpus import publish
 
 
+def test_a_corpus_without_held_out_bulletins_is_not_published(tmp_path):
+    (tmp_path / "validation.txt").write_text("")
+    (tmp_path / "train.txt").write_text("storm </h> it rained.\n")
+    with pytest.raises(ValueError, match="validation.txt: no bulletin is held out yet"):
+        publish(tmp_path, 2)
+    assert not list(tmp_path.glob("*.xz"))
+
+
 def test_a_missing_shard_does_not_lead_to_another_being_overwritten(tmp_path):
     (tmp_path / "validation.txt").write_text("sun </h> it was dry.\n")
     lines = [f"storm {i} </h> it rained.\n" for i in range(5)]

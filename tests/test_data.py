@@ -1,6 +1,7 @@
 """Bulletins as tokens: the tokenizer, the cached encoding, batches of near-equal length, and what bad input says."""
 import lzma
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import data
-from bulletins import Bulletin
+from bulletins import ALPHABET, Bulletin
 from data import IGNORED, load_split, load_tokenizer
 
+ROOT = Path(__file__).parent.parent
 CONTEXT = 256
 
 
@@ -40,6 +42,14 @@ def test_the_pieces_that_every_tokenizer_begins_with(tokenizer):
     pieces = [tokenizer.id_to_piece(i) for i in range(20)]
     assert pieces == ["<unk>", "<s>", "</s>", "</h>", *'%:"!$?0123456789']
     assert tokenizer.encode("$25 </h> 7%", out_type=str) == ["▁", "$", "2", "5", "▁", "</h>", "▁", "7", "%"]
+
+
+def test_the_whole_alphabet_of_the_corpus_is_known_though_the_text_lacks_some_of_it(small, tokenizer):
+    assert "&" not in (small / "train.txt").read_text()
+    bundled = sorted((ROOT / "tokenizers").glob("*.model"))
+    for each in [tokenizer, *map(load_tokenizer, bundled)]:
+        assert each.unk_id() not in each.encode(ALPHABET) and each.decode(each.encode(f"a{ALPHABET}")) == f"a{ALPHABET}"
+    assert len(bundled) == 5
 
 
 def test_the_same_lines_give_the_same_tokenizer_wherever_they_stand(small, tmp_path):
@@ -74,9 +84,9 @@ def test_pieces_of_several_words(small, tokenizer, tmp_path, lines):
 
 @pytest.mark.parametrize("content, vocab_size, message", [
     (None, 512, "no such|No such"), ("", 512, "holds no text"),
-    ("a cat\n" * 9, 512, "cannot make a vocabulary of 512 pieces: this text fills at most 30$"),
+    ("a cat\n" * 9, 512, "cannot make a vocabulary of 512 pieces: this text fills at most 59$"),
     ("the quick brown fox jumps over the lazy dog\n" * 9, 30,
-     "of 30 pieces: its characters and the fixed pieces alone are 47$"),
+     "of 30 pieces: its characters and the fixed pieces alone are 53$"),
     (b"caf\xe9\n", 512, "not UTF-8")])
 def test_texts_that_cannot_fill_a_tokenizer(tmp_path, content, vocab_size, message):
     text = tmp_path / "train.txt"
@@ -126,6 +136,7 @@ def test_prompts_and_back(tokenizer):
 
 @pytest.mark.parametrize("headline, message", [
     ("café opens in #1 town", "does not know # é"), ("", "expected a line of text"),
+    ("caf\udce9 opens", r"does not know '\\udce9'"), ("a\u2581b", "does not know ▁"),
     (" \n", "expected a line of text"), ("a </h> b", "without </h>"),
     ("a storm " * 60, "leave no room for a story in a context of 256")])
 def test_headlines_that_cannot_be_asked(tokenizer, headline, message):
@@ -197,6 +208,14 @@ def test_what_is_left_out_is_counted(folder, lines):
     assert len(load_split(folder, "train", folder / "tokenizer.model", n_tokens)) == 1        # just fits
     with pytest.raises(ValueError, match=r"train.txt: holds no bulletin.*most \d+ tokens \(1 too long, 0 without"):
         load_split(folder, "train", folder / "tokenizer.model", n_tokens - 1)
+
+
+def test_text_of_another_kind_is_refused_and_little_of_it_counted(folder, lines):
+    (folder / "train.txt").write_text("\n".join(line.upper() for line in lines).replace("</H>", "</h>"))
+    with pytest.raises(ValueError, match=r"train.txt: \d\d\.\d% of its tokens are characters that .* does not know"):
+        load_split(folder, "train", folder / "tokenizer.model", CONTEXT)
+    (folder / "train.txt").write_text("\n".join([*lines, "a caf\u00e9 </h> it opened."]))
+    assert load_split(folder, "train", folder / "tokenizer.model", CONTEXT).n_unknown == 1
 
 
 @pytest.mark.parametrize("name, content, message", [

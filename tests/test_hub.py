@@ -34,7 +34,11 @@ def hub():
         def do_GET(self) -> None:
             server.asked.append(self.path)
             name = self.path.rsplit("/", 1)[-1]
-            if self.path.startswith("/api/datasets/someone/bulletins/revision/"):
+            if server.status != 200:
+                self.answer(b"{}", server.status, **({"X_Error_Code": "GatedRepo"} if server.status == 403 else {}))
+            elif server.page is not None:
+                self.answer(server.page, Content_Type="text/html")
+            elif self.path.startswith("/api/datasets/someone/bulletins/revision/"):
                 info = {"id": "someone/bulletins", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
                 self.answer(json.dumps(info).encode(), Content_Type="application/json")
             elif self.path.startswith("/api/datasets/someone/bulletins/tree/"):
@@ -51,11 +55,31 @@ def hub():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
+    server.asked, server.status, server.page = [], 200, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.parametrize("status, said", [(500, "the hub answers 500"), (403, "only to those who have accepted its")])
+def test_what_the_hub_says_is_passed_on(hub, tmp_path, status, said):
+    hub.status = status
+    done = find_in_process("someone/bulletins", hub, tmp_path)
+    assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_hub_that_cannot_be_reached(hub, tmp_path):
+    hub.shutdown()
+    hub.server_close()
+    done = find_in_process("someone/bulletins", hub, tmp_path)
+    assert done.returncode == 1 and "the hub cannot be reached" in done.stderr
+
+
+def test_a_page_that_is_no_hub(hub, tmp_path):
+    hub.page = b"<html>Log in to the network</html>"
+    done = find_in_process("someone/bulletins", hub, tmp_path)
+    assert done.returncode == 1 and "someone/bulletins: no such folder, and the hub did not give" in done.stderr
 
 
 def find_in_process(name: str, hub, home: Path) -> subprocess.CompletedProcess:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
+import export
 from bulletins import parse
 from config import Config
 from model import GPT
@@ -81,6 +82,7 @@ def test_the_demo_runs_on_any_model(small, tmp_path):
     for name in ("tokenizer.model", "tokenizer.vocab", "config.json"):
         (folder / name).write_bytes((small / name).read_bytes())
     GPT(Config.load(folder).model).save_pretrained(folder)
+    assert export.main(["--model", str(folder), "--to", "transformers", "--out", str(tmp_path / "exported")]) == 0
     notebook = run("demo.ipynb", MODEL=folder, CORPUS=small)
     assert "[random]" in printed(notebook) and "[temperature 1.4]" in printed(notebook)
     kinds = [kind for cell in code_cells(notebook) for output in cell.outputs for kind in output.get("data", {})]
@@ -96,7 +98,8 @@ def test_raw_answers_become_tokenizers(tmp_path):
     raw += [{**raw[0], "key": "1/0"}, {**raw[1], "key": "1/1", "text": raw[1]["text"].removesuffix("</p>")[:-30]}]
     assert all(parse(answer["text"]) for answer in raw)
     (folder / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in raw), encoding="utf-8")
-    notebook = run("train_tokenizer.ipynb", RAW=folder, OUT=tmp_path / "out", SIZES=[256, 512, 100_000])
+    notebook = run("train_tokenizer.ipynb", RAW=folder, PUBLISHED=None, OUT=tmp_path / "out",
+                   SIZES=[256, 512, 100_000])
     said = printed(notebook)
     assert "62 answers, 62 bulletins, 60 accepted" in said and "repeated: " in said and "unfinished: " in said
     assert "100,000 pieces: none." in said and "this text fills at most" in said
