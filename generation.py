@@ -19,7 +19,8 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------- drawing
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
+                   no_repeat: int | None) -> None:
     """Raise ValueError for sampling options that mean nothing."""
     if not (temperature == 0 or 1e-3 <= temperature < float("inf")):
         raise ValueError(f"temperature must be 0 or from 0.001 up, not {temperature}")
@@ -29,6 +30,20 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, m
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
+    if no_repeat is not None and no_repeat < 2:
+        raise ValueError(f"no_repeat must be at least 2, not {no_repeat}")
+
+
+def without_repeats(logits: torch.Tensor, written: torch.Tensor, n: int, separator_id: int) -> torch.Tensor:
+    """Return logits [B, V] in which no token may end a run of n tokens that the row [B, S] holds already.
+
+    What stands before the separator does not count: a story may say what its headline said.
+    """
+    runs = written.unfold(1, n, 1)                                                          # (B, S) -> (B, S - n + 1, n)
+    is_after = (written == separator_id).flip(1).cumsum(1).flip(1)[:, :runs.shape[1]] == 0  # no separator from here on
+    is_begun = is_after & (runs[..., :-1] == written[:, None, 1 - n:]).all(-1)
+    return logits.scatter_add(1, runs[..., -1], torch.zeros_like(is_after, dtype=logits.dtype).masked_fill(
+        is_begun, -torch.inf))
 
 
 class Draw:
@@ -182,7 +197,7 @@ def decoder_of(model: nn.Module, n_rows: int) -> nn.Module | Decoder:
 
 @torch.inference_mode()
 def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, draw: Draw, stop_id: int | None,
-             pad_id: int) -> list[list[int]]:
+             pad_id: int, no_repeat: int | None, separator_id: int) -> list[list[int]]:
     """Continue prompts of any lengths, as GPT.generate says; they must hold 1 to context_length ids each."""
     decoder, device = decoder_of(model, len(prompts)), model.tok_emb.weight.device
     width = max(map(len, prompts))
@@ -203,7 +218,10 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, dr
     x = decoder.hidden(ids, (columns[:width] - n_pads[:, None]).clamp(min=0), cache, prefill_mask)
     for step in range(max_new_tokens):
         cache.n_columns = width + step
-        token = draw(decoder.out_head(x[:, -1]).float(), rows, step)                        # (B, V) -> (B,)
+        logits = decoder.out_head(x[:, -1]).float()                                         # (B, V)
+        if no_repeat is not None and step >= no_repeat:
+            logits = without_repeats(logits, written[rows, :step], no_repeat, separator_id)
+        token = draw(logits, rows, step)                                                    # (B, V) -> (B,)
         written[rows, step] = token
         position = cache.n_columns - n_pads
         goes_on = position < model.config.context_length                                    # else no room for its next

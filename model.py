@@ -19,7 +19,7 @@ from generation import KVCache
 
 # Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
-PAD, BOS, EOS = 0, 1, 2       # ids of the special tokens; padding shares the id of <unk>
+PAD, BOS, EOS, SEPARATOR = range(4)       # ids of the special tokens; padding shares the id of <unk>
 
 
 # ---------------------------------------------------------------- layers
@@ -137,23 +137,24 @@ class GPT(nn.Module):
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-                 stop_id: int | None = EOS, seed: int | None = None) -> list[list[int]]:
+                 no_repeat: int | None = None, stop_id: int | None = EOS, seed: int | None = None) -> list[list[int]]:
         """Continue prompts of any lengths, all at once; return prompt + continuation, the stop token not included.
 
         At temperature 0 each row is, id for id, what it would be alone and without a cache. A row ends at stop_id,
         after max_new_tokens, or where its context is full. top_k keeps that many of the likeliest tokens; top_p the
         likeliest that together reach this probability; min_p those that are at least this share as likely as the
-        likeliest. With a seed, each row draws from a generator of its own (seed + row), so that its text does not
-        depend on the rows beside it. Raises ValueError for an empty prompt, one longer than the context, ids outside
-        the vocabulary, or sampling options out of range.
+        likeliest. no_repeat lets no run of that many new tokens come twice, in a headline or in a story. With a seed,
+        each row draws from a generator of its own (seed + row), so that its text does not depend on the rows beside it.
+        Raises ValueError for an empty prompt, one longer than the context, ids outside the vocabulary, or sampling
+        options out of range.
         """
         self._check_prompts(prompts)
-        generation.check_sampling(temperature, top_k, top_p, min_p)
+        generation.check_sampling(temperature, top_k, top_p, min_p, no_repeat)
         if not prompts or max_new_tokens < 1:
             return [list(prompt) for prompt in prompts]
         device = self.tok_emb.weight.device
         draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
-        return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD)
+        return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD, no_repeat, SEPARATOR)
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):

@@ -46,7 +46,7 @@ def write(model: GPT, tokenizer, prompts: Iterator[list[int]], args: argparse.Na
     seed = args.seed << 32                     # bulletin i draws with seed + i: two seeds of a user must not meet
     while batch := list(islice(prompts, BATCH_SIZE)):
         rows = model.generate(batch, context - min(map(len, batch)), args.temperature, args.top_k, args.top_p,
-                              args.min_p, stop_id=tokenizer.eos_id(), seed=seed)
+                              args.min_p, no_repeat=args.no_repeat or None, stop_id=tokenizer.eos_id(), seed=seed)
         seed += len(batch)
         for row in rows:
             headline, story = bulletin_of_ids(tokenizer, row[:context])
@@ -91,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top-p", type=float,
                         help="draw from the likeliest tokens that together reach this probability")
     parser.add_argument("--min-p", type=float, help="draw from tokens at least this share as likely as the likeliest")
+    parser.add_argument("--no-repeat", type=int, default=6, metavar="N",
+                        help="let no run of N tokens come twice in a headline or a story; 0 lets all "
+                             "(default: %(default)s)")
     parser.add_argument("--seed", type=int,
                         help="the same seed writes the same bulletins (default: a new one each time)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the one that this machine multiplies faster")

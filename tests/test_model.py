@@ -144,6 +144,34 @@ def test_filters_keep_what_they_say():
     assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03)
 
 
+def test_runs_that_came_before_the_separator_may_come_again():
+    from generation import without_repeats
+    written = torch.tensor([[5, 6, 7, 3, 5, 6], [3, 5, 6, 7, 5, 6], [5, 6, 7, 5, 6, 8]])
+    is_out = without_repeats(torch.zeros(3, 10), written, 3, separator_id=3) == -torch.inf
+    assert is_out.nonzero().tolist() == [[1, 7]]
+
+
+def test_no_run_of_tokens_comes_twice_and_every_row_is_what_it_is_alone():
+    tiny = GPT.from_pretrained(GOLDEN / "tiny")
+    with torch.no_grad():
+        tiny.out_head.weight[9:] = 0               # which leaves it few tokens to write with
+
+    @torch.inference_mode()
+    def alone(prompt: list[int]) -> list[int]:
+        ids = list(prompt)
+        for _ in range(40):
+            written, logits = ids[len(prompt):], tiny(torch.tensor([ids]))[0, -1]
+            for i in range(len(written) - 2):
+                if written[i:i + 2] == written[-2:] and 3 not in written[i:]:
+                    logits[written[i + 2]] = -torch.inf
+            ids.append(int(logits.argmax()))
+        return ids
+
+    prompts = [[1], [1, 9, 4, 4], [1, 7]]
+    rows = tiny.generate(prompts, 40, no_repeat=3, stop_id=None)
+    assert rows == [alone(prompt) for prompt in prompts] != tiny.generate(prompts, 40, stop_id=None)
+
+
 @pytest.mark.parametrize("prompts, message", [
     ([[]], "holds 0 tokens"), ([[1] * 65], "holds 65 tokens"), ([[1, 512]], "outside the vocabulary"),
     ([[-1]], "outside the vocabulary")])

@@ -127,7 +127,7 @@ def test_temperature_0_takes_the_likeliest_and_so_does_top_k_1(write):
     (["--temperature", "-1"], "temperature must be 0 or from 0.001 up"),
     (["--temperature", "nan"], "temperature must be 0"), (["--top-k", "0"], "top_k must be at least 1"),
     (["--top-p", "0"], "top_p must be above 0"), (["--min-p", "2"], "min_p must be from 0 to 1"),
-    (["--seed", "-1"], "--seed must not be negative")])
+    (["--no-repeat", "1"], "no_repeat must be at least 2"), (["--seed", "-1"], "--seed must not be negative")])
 def test_bad_input_is_one_line_and_exit_code_2(write, options, message):
     code, out, err = write(*options)
     assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
