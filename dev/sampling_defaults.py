@@ -18,9 +18,9 @@ import quality
 import sample
 
 OPTIONS = ["--temperature 0", "--temperature 0.5", "--temperature 0.7", "--temperature 0.85", "--temperature 1",
-           "--temperature 0.5 --min-p 0.1", "--temperature 0.7 --min-p 0.1", "--temperature 1 --min-p 0.05",
-           "--temperature 1 --min-p 0.1", "--temperature 1 --min-p 0.2", "--temperature 0.7 --top-p 0.9",
-           "--temperature 1 --top-p 0.9"]
+           "--temperature 0.7 --min-p 0.1", "--temperature 1 --min-p 0.1", "--temperature 0.7 --top-p 0.9",
+           "--temperature 1 --top-p 0.9", "--temperature 0 --no-repeat 0", "--temperature 0.5 --no-repeat 0",
+           "--temperature 0.7 --no-repeat 0", "--temperature 1 --no-repeat 0"]
 MEASURES = ["repeats_itself", "headline_words_in_story", "distinct_3_grams", "compression_ratio", "unseen_6_grams",
             "ends_properly", "words_per_story", "reading_grade"]
 
