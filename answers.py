@@ -7,6 +7,7 @@ is never asked again. What was paid for answers that never came is noted beside 
 import hashlib
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -46,17 +47,23 @@ def read_json(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeated_keys)
+    except RepeatedKey as error:
+        raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-def without_repeats(members: list[tuple[str, object]]) -> dict:
-    """Return a JSON object of these members; raise ValueError if a key is twice, of which json would keep the last."""
+class RepeatedKey(ValueError):
+    """A key stands twice in an object, of which json would keep the last alone."""
+
+
+def without_repeated_keys(members: list[tuple[str, object]]) -> dict:
+    """Return a JSON object of these members; raise RepeatedKey if they hold one."""
     found = dict(members)
     if len(found) < len(members):
         keys = [key for key, _ in members]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
     return found
 
 
@@ -111,8 +118,9 @@ def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
     if not isinstance(answer, dict) or any(name not in answer for name in required) or not all(
             isinstance(answer[name], str) for name in ("key", "text")):
         raise ValueError(f"{where}: expected an object with {', '.join(required)}, and text a string")
-    if not isinstance(answer.get("score"), int | float | None):
-        raise ValueError(f"{where}: score must be a number")
+    score = answer.get("score")
+    if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+        raise ValueError(f"{where}: score must be a finite number")
     return answer
 
 

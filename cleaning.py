@@ -18,7 +18,7 @@ import bulletins
 import cli
 import corpus
 from bulletins import Acceptance, Bulletin, Verdict, bulletin_of, digests_of, judge_answer, line_of
-from files import write_beside
+from files import sha256_of, write_beside
 
 TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams at which two bulletins are near-duplicates
 VALIDATION_SHARE = 20         # one bulletin in this many goes to validation ...
@@ -173,19 +173,17 @@ def count_items(items: Iterable, counts: Counter, name: str) -> Iterator:
 def sources_of(raw: Path, out: Path) -> dict[str, str]:
     """Return hashes of all that a corpus depends on, to tell whether anything has changed since the last cleaning."""
     code = [Path(module.__file__) for module in (answers, bulletins)] + [Path(__file__)]
-    return {"fingerprint": sha256_of([*answers.answer_files(raw), *code]), "published": sha256_of_published(out)}
+    return {"fingerprint": sha256_of_files([*answers.answer_files(raw), *code]), "published": sha256_of_published(out)}
 
 
 def sha256_of_published(out: Path) -> str:
-    return sha256_of([path for split in ("train", "validation") for path in corpus.published_files(out, split)])
+    return sha256_of_files([path for split in ("train", "validation") for path in corpus.published_files(out, split)])
 
 
-def sha256_of(paths: list[Path]) -> str:
+def sha256_of_files(paths: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

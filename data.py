@@ -1,7 +1,7 @@
 """Bulletins as tokens: encoded once, memory-mapped, cut into batches of near-equal length.
 
-The tokens of a corpus (see corpus.py) are kept in .tokens/ in its folder (here, if that is only to be read), under a
-name that is the hash of the text, the tokenizer and the context length.
+The tokens of a corpus (see corpus.py) are kept in .tokens/ in its folder (in .tokens/ of the working directory, if that
+folder cannot be written), under a name that is the hash of the text, the tokenizer and the context length.
 """
 import hashlib
 import io
@@ -22,12 +22,12 @@ from tqdm import tqdm
 from bulletins import ALPHABET, ASCII_PUNCTUATION, SEPARATOR, Bulletin
 from cli import start_workers
 from corpus import corpus_files, lines_of
-from files import write_beside
+from files import sha256_of, write_beside
 
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
 SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together: more pads less and mixes less
-MAX_UNKNOWN = 0.01            # share of characters unknown to the tokenizer above which text is not the corpus's kind
+MAX_UNKNOWN = 0.01            # share of unknown tokens above which a text is not for this tokenizer
 LINES_A_TASK = 2000           # lines that a process encodes at once
 
 
@@ -151,7 +151,7 @@ class Tokens:
 
     @property
     def n_unknown(self) -> int:
-        """How many ids stand for characters that the tokenizer does not know."""
+        """How many ids stand for runs of characters that the tokenizer does not know."""
         return int((self.ids == 0).sum())
 
     def to(self, device: torch.device | str) -> "Tokens":
@@ -198,26 +198,28 @@ def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]
 def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) -> Tokens:
     """Return the tokens of text files, from the cache beside the first of them or else encoded now, on all cores.
 
-    Raises FileNotFoundError or ValueError naming the file, also if no bulletin is left to train on or too many of the
-    characters are unknown.
+    Raises FileNotFoundError or ValueError naming the file, also if no bulletin is left to train on or more than
+    MAX_UNKNOWN of the tokens are unknown.
     """
     digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
     for path in [*paths, tokenizer_path]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    folder = paths[0].parent / ".tokens"
-    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        folder = Path(".tokens").resolve()                        # the corpus lies on a disk that is only read
-    stem = folder / digest.hexdigest()[:24]
+        digest.update(bytes.fromhex(sha256_of(path)))
+    stem = paths[0].parent / ".tokens" / digest.hexdigest()[:24]
+    if not stem.with_suffix(".json").exists() and not can_write(stem.parent):
+        stem = Path(".tokens").resolve() / stem.name
     if not stem.with_suffix(".json").exists():
         encode_files(paths, tokenizer_path.read_bytes(), context_length, stem)
     facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     ids = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="c")
     tokens = Tokens(ids, np.load(stem.with_suffix(".npy")), **facts, sha256=digest.hexdigest())
     if (share := tokens.n_unknown / len(ids)) > MAX_UNKNOWN:
-        raise ValueError(f"{paths[0]}: {share:.1%} of its tokens are characters that {tokenizer_path} does not know; "
+        raise ValueError(f"{paths[0]}: {share:.1%} of the tokens stand for what {tokenizer_path} does not know; "
                          "a corpus is lower case, as bulletins.py writes it, or has a tokenizer of its own")
     return tokens
+
+
+def can_write(folder: Path) -> bool:
+    return os.access(folder if folder.exists() else folder.parent, os.W_OK)
 
 
 def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Path) -> None:

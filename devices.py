@@ -30,7 +30,6 @@ def pick_device(name: str | None) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(f"--device cuda: {torch.cuda.device_count()} on this machine, too few for a process on each; "
                          "start fewer, or use --device cpu")
-    torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32, on the GPUs that have it
     return torch.device(name, local_rank)
 
 

@@ -74,15 +74,15 @@ def quality_of(samples_path: Path, data: Path, max_bulletins: int, max_read: int
         if len(sets[name]) > max_bulletins:
             sets[name] = random.Random(0).sample(sets[name], max_bulletins)
     training = cleaning.count_items(quality.read_corpus(data, "train"), n_training, "training")
-    measures, not_measured = quality.compare(sets, training), {}
+    measures, not_measured, n_read = quality.compare(sets, training), {}, {}
     if max_read:
         try:
             measures["smollm2_nats_per_token"] = quality.smollm2_nats(sets, max_read)
+            n_read = {f"n_{name}_by_smollm2": min(max_read, len(members)) for name, members in sets.items()}
         except (FileNotFoundError, ImportError) as error:
             not_measured["smollm2_nats_per_token"] = str(error)
     return {**{f"n_{name}": len(members) for name, members in sets.items()}, "n_training": n_training["training"],
-            "n_smollm2": max_read,
-            "measures": measures, "not_measured": not_measured}
+            **n_read, "measures": measures, "not_measured": not_measured}
 
 
 def run_quality(args: argparse.Namespace) -> None:
@@ -106,9 +106,9 @@ def loss_of(model_folder: Path, paths: list[Path]) -> dict:
     """Return the loss of a model on all bulletins of the files: total over total, with its 95% interval over bulletins.
 
     nats_per_token compares models that share a tokenizer, bits_per_byte any models. Bulletins that do not fit the
-    context are left out and counted. "n_unknown" counts characters that the tokenizer does not know: predicting them
-    is free, so that with many of them bits_per_byte says too little. If there are several files, "sources" holds the same for each of them.
-    Raises FileNotFoundError, or ValueError naming the file.
+    context are left out and counted. "n_unknown" counts runs of characters that the tokenizer does not know: they cost
+    nothing, so that with many of them bits_per_byte says too little. If there are several files, "sources" holds the
+    same for each of them. Raises FileNotFoundError, or ValueError naming the file.
     """
     import torch
     from data import bulletin_losses, load_tokenizer, load_tokens

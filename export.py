@@ -223,7 +223,7 @@ def export(args: argparse.Namespace) -> None:
     """Write --out, whole or not at all. Raises FileNotFoundError or ValueError for input that cannot be exported."""
     if args.out.exists():
         raise ValueError(f"{args.out}: exists already; remove it or choose another --out")
-    folder = find_folder(args.model, "model", ["*.json", "*.safetensors", "tokenizer.*"])
+    folder = find_folder(args.model, "model", ["*.json", "model.safetensors", "tokenizer.*"])
     if not folder.is_dir():
         raise FileNotFoundError(f"{args.model}: no such model folder")
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files that are whole or not there: written beside their place, then renamed; and their hashes."""
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,13 @@ def write_beside(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: Path, values: dict) -> None:
     text = json.dumps(values, indent=4, ensure_ascii=False) + "\n"
-    write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    # A path of the command line may hold bytes that are no UTF-8.
+    write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))

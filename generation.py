@@ -34,12 +34,12 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, m
         raise ValueError(f"no_repeat must be at least 2, not {no_repeat}")
 
 
-def without_repeats(logits: torch.Tensor, written: torch.Tensor, n: int, separator_id: int) -> torch.Tensor:
+def without_repeated_runs(logits: torch.Tensor, written: torch.Tensor, n: int, separator_id: int) -> torch.Tensor:
     """Return logits [B, V] in which no token may end a run of n tokens that the row [B, S] holds already.
 
     What stands before the separator does not count: a story may say what its headline said.
     """
-    runs = written.unfold(1, n, 1)                                                          # (B, S) -> (B, S - n + 1, n)
+    runs = written.unfold(1, n, 1)                                                       # (B, S) -> (B, S - n + 1, n)
     is_after = (written == separator_id).flip(1).cumsum(1).flip(1)[:, :runs.shape[1]] == 0  # no separator from here on
     is_begun = is_after & (runs[..., :-1] == written[:, None, 1 - n:]).all(-1)
     return logits.scatter_add(1, runs[..., -1], torch.zeros_like(is_after, dtype=logits.dtype).masked_fill(
@@ -220,7 +220,7 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, dr
         cache.n_columns = width + step
         logits = decoder.out_head(x[:, -1]).float()                                         # (B, V)
         if no_repeat is not None and step >= no_repeat:
-            logits = without_repeats(logits, written[rows, :step], no_repeat, separator_id)
+            logits = without_repeated_runs(logits, written[rows, :step], no_repeat, separator_id)
         token = draw(logits, rows, step)                                                    # (B, V) -> (B,)
         written[rows, step] = token
         position = cache.n_columns - n_pads

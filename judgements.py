@@ -30,9 +30,10 @@ CONTROLS = (REAL, *DAMAGED)
 # ---------------------------------------------------------------- a judge's answer
 
 PREFILLED = '{"notes": "'
-# 4, "4/5", "4 of 5 stars", "Score: 4", "4: good", "4. The story is fine"; a remark may hold no second figure
+# 4, "4/5", "4 of 5 stars", "Score: 4", "4: good", "4. The story is fine"; a remark may hold no second number
 NUMBER = re.compile(r"(?:(?:score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|(?:out )?of)\s*5(?:\.0)?)?"
-                    r"(?:\s*(?:stars?|points?))?(?:\s*(?:[(:,;]|[-.]\s)[^0-9]*)?")
+                    r"(?:\s*(?:stars?|points?))?(?:\s*:[^0-9]*|\s*(?:[(,;]|[-.]\s)"
+                    r"(?!.*\b(?:one|two|three|four|five|ten|or|to|of)\b)[^0-9]*)?")
 WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
 DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
@@ -40,14 +41,14 @@ DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
 # counts only if a brace, or a comma and the next key, follows the value. Where a key belongs (after a closing quote or
 # bracket, after an opening brace, or on a new line) the end of the line or of the text, or a remark, will do.
 EVALUATION = re.compile(r"""
-    (?P<in_place> (?: ["'}\]] (?: \s* , )? | \{ ) \s* | \n [^\S\n]* )?
+    (?P<in_place> (?: ["'}\]] (?: \s* , )? | [0-9] \s* , | \{ ) \s* | \n [^\S\n]* )?
     (?<!\\) ["'] \s* (?i:evaluation) \s* (?<!\\) ["'] \s* : \s*
     (?: " (?P<quoted> [^"{}\n]{1,80} ) "
       | ["']? (?P<bare> [^\s,{}()\[\]<>"']+ (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) ["']? [.)]? )
     (?: (?P<goes_on> \s* , \s* ["'] )
       | (?: \s* , )? \s* [{}\]<]
       | (?(in_place) (?: (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: [(\[] | /[/*] | \# | [A-Z] ) )
-                       | \s* ,? \s* ["']? \w+ ["']? \s* : | \s+ [a-z] [^{}"0-9]* \} ) | (?!) ) )
+                       | \s*+ ,?+ \s*+ ["']? \w++ ["']? \s* : | \s+ (?: because | since | as | for )\b ) | (?!) ) )
     """, re.VERBOSE)
 NEXT_OBJECT = re.compile(r"\}\s*\{")
 # The same where it is hardly JSON: a key that lost a quote or both, or has them all escaped, or a line such as
@@ -55,7 +56,7 @@ NEXT_OBJECT = re.compile(r"\}\s*\{")
 LABEL = re.compile(r"""
     (?: \A | \n | \{ | ["'] \s* , ) [\ \t\\"'*_\#-]* (?: (?i: overall | final ) [\ ] )? (?i:evaluation)
     (?: [*_\s]* \( 1 \s* (?: - | to ) \s* 5 \) )? (?: [\s\\"'*_]* : [\s\\"'*_]* | [*_]* \n [\s*_]* )
-    (?P<value> [0-9]+ (?: \.[0-9]+ )? (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) [\s\\"'*_`}\].]* \Z""", re.VERBOSE)
+    (?P<value> [0-9]+ (?: \.[0-9]+ )? (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) [\s\\"'*_`}\]]* \Z""", re.VERBOSE)
 IS_WHOLE = re.compile(r"[.!?)*`]\Z")      # how an answer ends that was not cut off, as far as one can tell
 
 
@@ -82,7 +83,8 @@ def read_answer(text: str | None) -> Reading:
         return Reading(None, "empty")
     values, rest = sound_evaluations(text)
     if values:
-        return score_of(values[0]) if len(set(map(str, values))) == 1 else Reading(None, "several evaluations")
+        readings = {score_of(value) for value in values}
+        return readings.pop() if len(readings) == 1 else Reading(None, "several evaluations")
     # Typographic quotes, full-width characters and line breaks spelled \\n become plain ones, which would have spoiled
     # sound JSON.
     plain = unicodedata.normalize("NFKC", rest.translate(ASCII_PUNCTUATION)).replace("\\n", "\n").replace("\u200b", "")

@@ -19,7 +19,7 @@ from generation import KVCache
 
 # Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
-PAD, BOS, EOS, SEPARATOR = range(4)       # ids of the special tokens; padding shares the id of <unk>
+PAD, BOS, EOS, SEPARATOR_ID = range(4)       # ids of the special tokens; padding shares the id of <unk>
 
 
 # ---------------------------------------------------------------- layers
@@ -137,7 +137,7 @@ class GPT(nn.Module):
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-                 no_repeat: int | None = None, stop_id: int | None = EOS, seed: int | None = None) -> list[list[int]]:
+                 stop_id: int | None = EOS, seed: int | None = None, no_repeat: int | None = None) -> list[list[int]]:
         """Continue prompts of any lengths, all at once; return prompt + continuation, the stop token not included.
 
         At temperature 0 each row is, id for id, what it would be alone and without a cache. A row ends at stop_id,
@@ -154,7 +154,7 @@ class GPT(nn.Module):
             return [list(prompt) for prompt in prompts]
         device = self.tok_emb.weight.device
         draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
-        return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD, no_repeat, SEPARATOR)
+        return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD, no_repeat, SEPARATOR_ID)
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):

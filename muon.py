@@ -12,8 +12,8 @@ import torch.nn as nn
 class Muon(torch.optim.Optimizer):
     """SGD with momentum whose every step is made orthogonal."""
 
-    # Of the polynomials a s + b s^3 + c s^5 that drive singular values s from 0.001 .. 1 to about 1, round by round; the
-    # "Polar Express" of Amsel et al. 2025, which divides all but the last by 1.01 in s, to be safe from rounding.
+    # Of the polynomials a s + b s^3 + c s^5 through which a singular value s goes, one each round: what is above 0.001
+    # ends between 0.42 and 1.57. The "Polar Express" of Amsel et al. 2025, with its s / 1.01, to be safe from rounding.
     ROUNDS = ((8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
               (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
               (3.9486908534822946 / 1.01, -2.908902115962949 / 1.01**3, 0.5518191394370137 / 1.01**5),
@@ -45,9 +45,10 @@ class Muon(torch.optim.Optimizer):
 
     @classmethod
     def orthogonalised(cls, matrices: torch.Tensor) -> torch.Tensor:
-        """Return matrices [M, R, C] with the same singular vectors and singular values near 1 (Newton-Schulz).
+        """Return matrices [M, R, C] with the same singular vectors and singular values of 0.4 to 1.6 (Newton-Schulz).
 
-        Where C is at least 2 R, the rounds need only x x^T, which is smaller: that takes half the operations or less.
+        Where C is at least 2 R, the rounds need only x x^T, which is smaller: 15% fewer operations at 2 R, 42% at 4 R.
+        Not in bfloat16, where rounding errors would grow.
         """
         x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
         is_tall = x.shape[1] > x.shape[2]
@@ -64,8 +65,7 @@ class Muon(torch.optim.Optimizer):
     def product_of_rounds(cls, square: torch.Tensor) -> torch.Tensor:
         """Return what all rounds together multiply x by, [M, R, R], from the square x x^T alone.
 
-        A round with the factor f makes f x of x, and so f square f of the square. Rounding errors grow from round to
-        round: float32 can bear that, bfloat16 could not.
+        A round with the factor f makes f x of x, and so f square f of the square.
         """
         product = factor = polynomial(square, *cls.ROUNDS[0])
         for coefficients in cls.ROUNDS[1:]:

@@ -235,7 +235,7 @@ def compare(sets: dict[str, list[Sample]], training: Iterable[Sample]) -> dict[s
 
     Repetition has no interval (nan): resampling would itself repeat bulletins. `training` is read once, for all sets.
     """
-    known: set[str] = set()
+    known: set[str] = set()               # filled while copied_runs reads every training story
 
     def training_stories() -> Iterator[list[str]]:
         for sample in training:

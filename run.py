@@ -1,6 +1,5 @@
 """One training run: the parts that it is made of, its batches, and the checkpoint from which it goes on."""
 import argparse
-import hashlib
 import itertools
 import math
 import sys
@@ -17,7 +16,7 @@ import cli
 from config import Config
 from data import Tokens, epoch_batches, load_split, load_tokenizer
 from devices import Ranks, compile_loss, pays_to_compile, pick_device
-from files import write_beside
+from files import sha256_of, write_beside
 from model import GPT
 from precision import faster_dtype
 from recipe import Candidates, NextTokenLoss, initialise, make_optimizers
@@ -25,11 +24,6 @@ from record import read_log
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_VERSION = 3        # of what a step computes: a checkpoint of another version would end in other bytes
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def held_in(out: Path) -> str | None:
@@ -44,6 +38,7 @@ class Run:
         self.args, self.config, self.out = args, config, args.out
         self.checkpoint_path, self.log_path = self.out / CHECKPOINT, self.out / "log.jsonl"
         self.device = pick_device(args.device)
+        torch.set_float32_matmul_precision("high")       # TF32 for what stays in float32, on the GPUs that have it
         self.tokenizer = load_tokenizer(args.tokenizer, config.model.vocab_size)
         self.ranks = Ranks.join(self.device)
         if not self.ranks.is_first:

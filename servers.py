@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="hard budget over all runs on the same --out (default: none)")
     parser.add_argument("--price-in", type=cli.at_least(float, 0), metavar="USD",
                         help="price of a million prompt tokens, where the server lists none")
-    parser.add_argument("--price-out", type=cli.at_least(float, 0), metavar="USD", help="the same for completion tokens")
+    parser.add_argument("--price-out", type=cli.at_least(float, 0), metavar="USD",
+                        help="the same for completion tokens")
     parser.add_argument("--provider-json", type=json_object, default={}, metavar="JSON",
                         help="OpenRouter's provider options, such as '{\"sort\": \"price\"}'")
     parser.add_argument("--allow-undistillable", action="store_true",

@@ -162,6 +162,8 @@ def default_tokenizer(vocab_size: int) -> Path:
 def complete(args: argparse.Namespace) -> Config:
     """Fill in what the command line leaves open and return the config; raise ValueError for what makes no sense."""
     config = Config.load(args.config)
+    if args.config.is_dir() and not (args.config / "model.safetensors").exists():
+        raise FileNotFoundError(f"{args.config / 'model.safetensors'}: no weights to train further")
     if config.train is None:
         raise ValueError(f"{args.config}: missing key train; it says how to train, see configs/3M.json")
     for name in ("max_steps", "max_minutes", "eval_every", "micro_batch_size", "checkpoint_every"):
@@ -213,7 +215,7 @@ def carry_out(run: Run) -> None:
         # would wait for a thread of it while that thread waits for the interpreter.
         loop(run, run.make_loss(), board)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):    # as CPUs say it
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         n_rows = args.micro_batch_size or math.ceil(batch_size / run.ranks.n)
         advice = ("lower model.d_embedding or model.n_layers" if n_rows == 1 else

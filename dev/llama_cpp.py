@@ -31,11 +31,12 @@ def ask(url: str, headline: str, n_tokens: int) -> tuple[list[int], dict[int, fl
     body = {"prompt": f"{headline} {SEPARATOR}", "temperature": 0, "n_predict": n_tokens, "return_tokens": True,
             "n_probs": N_LIKELIEST, "cache_prompt": False}
     reply = requests.post(f"{url}/completion", json=body, timeout=120)
-    if reply.status_code != 200:
-        raise ValueError(f"{url}/completion: answers {reply.status_code}; expected a llama.cpp server")
-    reply = reply.json()
-    first = reply["completion_probabilities"][0]["top_logprobs"]
-    return reply["tokens"], {token["id"]: token["logprob"] for token in first}
+    try:
+        reply = reply.json()
+        first = reply["completion_probabilities"][0]["top_logprobs"]
+        return reply["tokens"], {token["id"]: token["logprob"] for token in first}
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{url}/completion: not the answer of a llama.cpp server ({error!r})") from None
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -82,11 +82,12 @@ def train_one(config: dict, args: argparse.Namespace) -> dict | None:
             return None
         facts = json.loads((out / "run.json").read_text())
         return {"log": read_log(out / "log.jsonl"), **{k: facts[k] for k in (
-            "val_loss", "n_steps", "n_tokens_seen", "elapsed_s", "train_sha256", "commit", "hardware", "precision")}}
+            "val_loss", "n_steps", "n_tokens_seen", "elapsed_s", "train_sha256", "validation_sha256", "commit",
+            "hardware", "precision")}}
 
 
 def read_runs(path: Path) -> dict[str, dict]:
-    """Return the runs that a sweep has written; raise ValueError naming the file if it was written by something else."""
+    """Return the runs that a sweep has written; raise ValueError naming the file if something else has."""
     runs = answers.read_json(path)
     if not isinstance(runs, dict) or not all(isinstance(run, dict) and {"settings", "train_sha256", "log"} <= run.keys()
                                              for run in runs.values()):
@@ -94,11 +95,12 @@ def read_runs(path: Path) -> dict[str, dict]:
     return runs
 
 
-def sha256_of_training(config: dict, corpus: Path, tokenizer: Path | None) -> str:
-    """Return what stands for the training text, its tokenizer and the context length, as run.json holds it."""
+def hashes_of(config: dict, corpus: Path, tokenizer: Path | None) -> dict[str, str]:
+    """Return what stands for the text of each split, its tokenizer and the context length, as run.json holds it."""
     model = config["model"]
-    return load_split(corpus, "train", tokenizer or train.default_tokenizer(model["vocab_size"]),
-                      model["context_length"]).sha256
+    tokenizer = tokenizer or train.default_tokenizer(model["vocab_size"])
+    return {f"{split}_sha256": load_split(corpus, split, tokenizer, model["context_length"]).sha256
+            for split in ("train", "validation")}
 
 
 def draw(runs: dict[str, dict], path: Path) -> None:
@@ -129,8 +131,8 @@ def sweep(args: argparse.Namespace) -> None:
     for seed, (name, config) in itertools.product(range(args.seeds), wanted.items()):
         key = f"{name} seed {seed}"
         settings = settings_of(config, seed, args)
-        if key in runs and (runs[key]["settings"] != settings
-                            or runs[key]["train_sha256"] != sha256_of_training(config, corpus, args.tokenizer)):
+        if key in runs and not (runs[key]["settings"] == settings
+                                and runs[key].items() >= hashes_of(config, corpus, args.tokenizer).items()):
             raise ValueError(f"{args.out}: holds {key!r} with other settings, corpus or tokenizer; "
                              "choose another --out")
         if key not in runs:

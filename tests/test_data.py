@@ -183,6 +183,18 @@ def test_encoded_once(folder, monkeypatch, lines):
     assert not list((folder / ".tokens").glob("*.partial"))
 
 
+def test_a_corpus_that_cannot_be_written_to_is_encoded_in_the_working_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "can_write", lambda path: False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tokens = load_split(folder, "train", folder / "tokenizer.model", CONTEXT)
+    assert len(tokens) and not (folder / ".tokens").exists() and len(list(Path(".tokens").glob("*.ids"))) == 1
+    shutil.copytree(".tokens", folder / ".tokens")
+    shutil.rmtree(".tokens")
+    assert np.array_equal(load_split(folder, "train", folder / "tokenizer.model", CONTEXT).ids, tokens.ids)
+    assert not Path(".tokens").exists()                   # what lies encoded beside the text is read from there
+
+
 def test_shards_and_xz_read_as_the_plain_file(small, tokens, tmp_path):
     lines = (small / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "one").mkdir(), (tmp_path / "shards").mkdir()
@@ -212,7 +224,7 @@ def test_what_is_left_out_is_counted(folder, lines):
 
 def test_text_of_another_kind_is_refused_and_little_of_it_counted(folder, lines):
     (folder / "train.txt").write_text("\n".join(line.upper() for line in lines).replace("</H>", "</h>"))
-    with pytest.raises(ValueError, match=r"train.txt: \d\d\.\d% of its tokens are characters that .* does not know"):
+    with pytest.raises(ValueError, match=r"train.txt: \d\d\.\d% of the tokens stand for what .* does not know"):
         load_split(folder, "train", folder / "tokenizer.model", CONTEXT)
     (folder / "train.txt").write_text("\n".join([*lines, "a caf\u00e9 </h> it opened."]))
     assert load_split(folder, "train", folder / "tokenizer.model", CONTEXT).n_unknown == 1

@@ -141,7 +141,7 @@ SCORED = {
     'Fine.", "evaluation": 4/5}': 4,
     'Fine.", "evaluation": four}': 4,
     # no JSON, but a last line that says which number it is
-    "The plot is clear.\nOverall evaluation: 4.": 4,
+    "The plot is clear.\nOverall evaluation: 4": 4,
     "The plot is clear.\n- **Evaluation** (1-5): 4": 4,
     "The plot is clear.\n## Evaluation\n4": 4,
     "Notes: fine.\n\nEvaluation: 4": 4,
@@ -150,6 +150,7 @@ SCORED = {
 
 # Another evaluation comes before the one that counts: what is cut in between may give it.
 REVISED = {
+    'So "odd".", "evaluation": 2, "grammar": 5, "evaluation": 4}': 4,
     '{"notes": {"evaluation": 2}, "evaluation": 4}': 4,
     '{"notes": {"plot": {"evaluation": 1}}, "Evaluation": 4}': 4,
     'Sure: {"notes": "Its \'evaluation\': 3} is odd.", "evaluation": 4}': 4,
@@ -196,6 +197,11 @@ UNSCORED = {
     '{"notes": "Fine.", "evaluation": "4 or 5"}': "not a number: '4 or 5'",
     '{"notes": "Fine.", "evaluation": "3-4"}': "not a number: '3-4'",
     '{"notes": "Fine.", "evaluation": "8/10"}': "not a number: '8/10'",
+    '{"notes": "Fine.", "evaluation": "4, or three"}': "not a number: '4, or three'",
+    '{"notes": "Fine.", "evaluation": "1. to be decided"}': "not a number: '1. to be decided'",
+    'Fine.", "evaluation": 4 out of ten}': "no evaluation",
+    'Fine.", "evaluation": 4 or lower}': "no evaluation",
+    "Here is my list:\nEvaluation\n1.": "no evaluation",
     '{"notes": "Fine.", "evaluation": [4]}': "not a number: [4]",
     '{"notes": "Fine.", "evaluation": {"plot": 4}}': "not a number",
     '{"notes": "Fine.", "evaluation": NaN}': "not a number: nan",
@@ -245,7 +251,9 @@ def test_answer_cut_anywhere_gives_its_score_or_none(text):
         assert judged.read_answer(text[:end]).score in (None, SCORED[text])
 
 
-@pytest.mark.parametrize("text", ['x", "evaluation": 4' + " " * 20_000 + "x", '"' * 20_000, '", ' * 10_000,
+@pytest.mark.parametrize("text", ['x", "evaluation": 4' + " " * 20_000 + "x",
+                                  '", "evaluation": 4' + " " * 20_000 + "of",
+                                  '", "evaluation": "4"' + "\t" * 20_000 + "x", '"' * 20_000, '", ' * 10_000,
                                   '"' + "\n" * 20_000 + "x", '"evaluation": ' * 5000])
 def test_degenerate_answers_do_not_hang(text):
     assert judged.read_answer(text).score in (None, 4.0)

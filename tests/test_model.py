@@ -145,9 +145,9 @@ def test_filters_keep_what_they_say():
 
 
 def test_runs_that_came_before_the_separator_may_come_again():
-    from generation import without_repeats
+    from generation import without_repeated_runs
     written = torch.tensor([[5, 6, 7, 3, 5, 6], [3, 5, 6, 7, 5, 6], [5, 6, 7, 5, 6, 8]])
-    is_out = without_repeats(torch.zeros(3, 10), written, 3, separator_id=3) == -torch.inf
+    is_out = without_repeated_runs(torch.zeros(3, 10), written, 3, separator_id=3) == -torch.inf
     assert is_out.nonzero().tolist() == [[1, 7]]
 
 
