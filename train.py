@@ -166,12 +166,13 @@ def complete(args: argparse.Namespace) -> Config:
         raise FileNotFoundError(f"{args.config / 'model.safetensors'}: no weights to train further")
     if config.train is None:
         raise ValueError(f"{args.config}: missing key train; it says how to train, see configs/3M.json")
-    for name in ("max_steps", "max_minutes", "eval_every", "micro_batch_size", "checkpoint_every"):
+    for name in ("max_steps", "max_minutes", "eval_every", "micro_batch_size"):
         value = getattr(args, name)
         if value is not None and not value > 0:           # nan is not above 0 either
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.samples < 0:
-        raise ValueError(f"--samples must not be negative, but is {args.samples}")
+    for name in ("samples", "checkpoint_every"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
     args.data = find_corpus(args.data)
     args.out = args.out or Path("models") / (args.config.name if args.config.is_dir() else args.config.stem)
     is_further = (args.config / "tokenizer.model").exists()
