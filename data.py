@@ -27,6 +27,7 @@ from files import sha256_of, write_beside
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
 SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together: more pads less and mixes less
+CACHE_VERSION = 2             # of the files in .tokens/
 MAX_UNKNOWN = 0.01            # share of unknown tokens above which a text is not for this tokenizer
 LINES_A_TASK = 2000           # lines that a process encodes at once
 
@@ -136,23 +137,20 @@ class Tokens:
 
     `ids` holds them end to end (uint16); bulletin i is ids[offsets[i]:offsets[i + 1]]. Of the text, `n_too_long`
     bulletins are left out because they do not fit the context, and `n_malformed` lines because they do not hold one
-    separator; `n_bytes` are those of the lines that are in. `sha256` stands for text, tokenizer and context length.
+    separator; of those that are in, `n_bytes` are the bytes of text, and `n_unknown` ids stand for runs of characters
+    that the tokenizer does not know. `sha256` stands for text, tokenizer and context length.
     """
 
     def __init__(self, ids: np.ndarray, offsets: np.ndarray, n_too_long: int, n_malformed: int, n_bytes: int,
-                 sha256: str):
+                 n_unknown: int, sha256: str):
         self.ids, self.offsets = ids, offsets
         self.lengths = np.diff(offsets)
-        self.n_too_long, self.n_malformed, self.n_bytes, self.sha256 = n_too_long, n_malformed, n_bytes, sha256
+        self.n_too_long, self.n_malformed, self.n_bytes = n_too_long, n_malformed, n_bytes
+        self.n_unknown, self.sha256 = n_unknown, sha256
         self._storage = torch.from_numpy(ids.view(np.int16))         # few devices index unsigned ids
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def n_unknown(self) -> int:
-        """How many ids stand for runs of characters that the tokenizer does not know."""
-        return int((self.ids == 0).sum())
 
     def to(self, device: torch.device | str) -> "Tokens":
         """Move the ids to a device once, so that batches need no copying; for a CPU they stay on the disk."""
@@ -204,7 +202,7 @@ def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) ->
     digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
     for path in [*paths, tokenizer_path]:
         digest.update(bytes.fromhex(sha256_of(path)))
-    stem = paths[0].parent / ".tokens" / digest.hexdigest()[:24]
+    stem = paths[0].parent / ".tokens" / f"{digest.hexdigest()[:24]}-{CACHE_VERSION}"
     if not stem.with_suffix(".json").exists() and not can_write(stem.parent):
         stem = Path(".tokens").resolve() / stem.name
     if not stem.with_suffix(".json").exists():
@@ -226,7 +224,7 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
     """Encode text files into stem.ids, stem.npy (offsets) and, last, stem.json, whose presence says all is there."""
     stem.parent.mkdir(exist_ok=True)
     is_large = sum(path.stat().st_size for path in paths) > 1_000_000      # else processes start longer than they work
-    lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0}
+    lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0, "n_unknown": 0}
     partial = stem.with_suffix(f".{os.getpid()}.partial")                  # another process may encode the same text
     try:
         with partial.open("wb") as out, start_workers(os.cpu_count()) if is_large else nullcontext() as pool:
@@ -241,6 +239,7 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
                         out.write(np.array(ids, dtype=np.uint16).tobytes())
                         lengths.append(len(ids))
                         facts["n_bytes"] += n_bytes
+                        facts["n_unknown"] += ids.count(0)
                 bar.update(len(encoded))
             bar.close()
         if not lengths:

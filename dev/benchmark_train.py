@@ -44,18 +44,19 @@ def steps_of(config: Config, tokens: Tokens, device: torch.device, args: argpars
     chosen = np.random.default_rng(0).permutation(len(tokens))[:args.steps * batch_size]
     by_length = chosen[np.argsort(tokens.lengths[chosen])].reshape(args.steps, batch_size)
     as_they_come = chosen.reshape(args.steps, batch_size)
-    ways = {"plain": (plain_steps(config, tokens, device), as_they_come),
-            "ours": (our_steps(config, tokens, device), by_length)}
+    ways = {"plain": (plain_steps(new_model(config, tokens, device), config, tokens), as_they_come),
+            "ours": (our_steps(new_model(config, tokens, device), config, tokens, device), by_length)}
     if args.compile:
-        ways["ours, compiled"] = our_steps(config, tokens, device, is_compiled=True), by_length
+        model = new_model(config, tokens, device)
+        ways["ours, compiled"] = our_steps(model, config, tokens, device, is_compiled=True), by_length
     best = dict.fromkeys(ways, float("inf"))
     for way, (step, batches) in ways.items():
-        step(batches[0]), step(batches[-1])                       # warm up, compile
+        step(batches[0], LR), step(batches[-1], LR)               # warm up, compile
     for _ in range(args.rounds):
         for way, (step, batches) in ways.items():
             started = time.perf_counter()
             for indices in batches:
-                nats = step(indices)
+                nats = step(indices, LR)
             nats.item()                                           # waits for a GPU
             best[way] = min(best[way], time.perf_counter() - started)
     n_tokens = int(tokens.lengths[chosen].sum()) - len(chosen)
@@ -64,31 +65,34 @@ def steps_of(config: Config, tokens: Tokens, device: torch.device, args: argpars
     return figures | {f"{way}: times plain": round(best["plain"] / s, 2) for way, s in best.items() if way != "plain"}
 
 
-def our_steps(config: Config, tokens: Tokens, device: torch.device, is_compiled: bool = False) -> Callable:
-    """Return what makes one step of train.py on the bulletins of the given indices."""
-    model = GPT(config.model).to(device).train()
+def new_model(config: Config, tokens: Tokens, device: torch.device) -> GPT:
+    """Return the model as it is before the first step, by the seed of the config."""
+    model = GPT(config.model)
     initialise(model, config.train, tokens.ids)
+    return model.to(device).train()
+
+
+def our_steps(model: GPT, config: Config, tokens: Tokens, device: torch.device, is_compiled: bool = False) -> Callable:
+    """Return what makes one step of train.py on the bulletins of the given indices, at the given learning rate."""
     loss, optimizers = NextTokenLoss(model, faster_dtype(device)), make_optimizers(model, config.train)
     loss = compile_loss(loss) if is_compiled else loss
     candidates = Candidates(config.train, config.model.vocab_size, tokens.ids)
 
-    def step(indices: np.ndarray) -> torch.Tensor:
+    def step(indices: np.ndarray, lr: float) -> torch.Tensor:
         inputs, targets = tokens.batch(indices)
-        return train_step(loss, optimizers, inputs, targets, LR, candidates=candidates.draw(targets, 0))[0]
+        return train_step(loss, optimizers, inputs, targets, lr, candidates=candidates.draw(targets, 0))[0]
 
     return step
 
 
-def plain_steps(config: Config, tokens: Tokens, device: torch.device) -> Callable:
+def plain_steps(model: GPT, config: Config, tokens: Tokens) -> Callable:
     """Return the step that most people would write: float32, eager, AdamW one tensor at a time."""
-    model = GPT(config.model).to(device).train()
-    initialise(model, config.train, tokens.ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.train.weight_decay, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.train.weight_decay, foreach=False)
 
     def gradient_norm() -> torch.Tensor:
         return torch.stack([p.grad.norm() for p in model.parameters()]).norm()
 
-    def step(indices: np.ndarray) -> torch.Tensor:
+    def step(indices: np.ndarray, lr: float) -> torch.Tensor:
         inputs, targets = tokens.batch(indices)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
@@ -96,6 +100,7 @@ def plain_steps(config: Config, tokens: Tokens, device: torch.device) -> Callabl
         gradient_norm()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
         gradient_norm()                                           # once more, as the original loop does for its log
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         return loss.detach()
 

@@ -166,6 +166,7 @@ def test_finetuning_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path, mo
     monkeypatch.setattr(offline_teacher, "N_HELD_OUT", 8)
     monkeypatch.setattr(offline_teacher, "CHECKPOINT_EVERY_S", 0)
     monkeypatch.setattr(offline_teacher, "completion_loss", loss_until_stopped)
+    monkeypatch.setattr(offline_teacher, "compile_layers", lambda *_: None)       # has a test of its own
     monkeypatch.setattr(offline_teacher, "usable_pieces", lambda *_: torch.arange(300))
 
     def finetune(name: str, *more: str) -> int:
@@ -183,6 +184,33 @@ def test_finetuning_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path, mo
     assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"model.safetensors", "finetune.json"}
     whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+REAL_COMPILE = torch.compile
+
+
+def traced(function, dynamic: bool):
+    """Compile, but for the C++ at its end, which takes 20 s."""
+    return REAL_COMPILE(function, dynamic=dynamic, backend="aot_eager")
+
+
+def broken(function, dynamic: bool):
+    def fail(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler")
+    return fail
+
+
+@pytest.mark.parametrize("compiler, said", [(traced, ""), (broken, "not compiled, which takes longer: Runtime")])
+def test_the_layers_compute_the_same_with_and_without_a_compiler(llama, monkeypatch, capsys, compiler, said):
+    kept, batch = torch.arange(300), [(list(range(5, 5 + n)), 3) for n in (9, 12, 12)]
+    expected, n_tokens = offline_teacher.completion_loss(llama, kept, batch)
+    model = copy.deepcopy(llama)
+    monkeypatch.setattr(torch, "compile", compiler)
+    offline_teacher.compile_layers(model, kept, batch)
+    loss, n = offline_teacher.completion_loss(model, kept, batch)
+    assert n == n_tokens and loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize("options, message", [
