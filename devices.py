@@ -128,6 +128,8 @@ def compile_loss(loss: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]] = 
     If a resumed run met another one first, its sums could be rounded otherwise; so the compiler is shown the given
     batches here, the same ones each time that a run starts.
     """
+    # Should a step need more code after all, that is compiled as a whole too, not cut at the buckets of Ranks.share.
+    torch._dynamo.config.optimize_ddp = False
     compiled = torch.compile(loss, dynamic=True)
     for batch in batches:
         pass_s(compiled, *batch, n_times=1)

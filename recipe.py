@@ -217,6 +217,11 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 # ---------------------------------------------------------------- step
 
 
+def part_of(batch: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Return some rows of a batch [B, T] as a tensor of its own: compiled code depends on what a view is cut from."""
+    return batch[rows].clone(memory_format=torch.contiguous_format)
+
+
 def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs: torch.Tensor, targets: torch.Tensor,
                lr: float, rank: int = 0, n_ranks: int = 1, micro_batch_size: int | None = None,
                candidates: tuple[torch.Tensor, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +241,8 @@ def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs:
     for start in range(0, len(inputs), size):
         is_last = start + size >= len(inputs)
         with nullcontext() if is_last or not isinstance(loss, DistributedDataParallel) else loss.no_sync():
-            part = loss(inputs[start:start + size], targets[start:start + size], *candidates)
+            rows = slice(start, start + size)
+            part = loss(part_of(inputs, rows), part_of(targets, rows), *candidates)
             (part * weight).backward()
         nats += part.detach()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

@@ -19,7 +19,7 @@ from devices import Ranks, compile_loss, pays_to_compile, pick_device
 from files import sha256_of, write_beside
 from model import GPT
 from precision import faster_dtype
-from recipe import Candidates, NextTokenLoss, initialise, make_optimizers
+from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, part_of
 from record import read_log
 
 CHECKPOINT = "checkpoint.pt"
@@ -103,7 +103,7 @@ class Run:
 
     def _read(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
         """Return what the loss takes for some bulletins: inputs and targets [B, T], and candidates if there are any."""
-        inputs, targets = self.train.batch(rows)
+        inputs, targets = (part_of(part, slice(None)) for part in self.train.batch(rows))
         return inputs, targets, *self.candidates.draw(targets, 0)
 
     def _parts(self) -> Iterator[np.ndarray]:

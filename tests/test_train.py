@@ -1,4 +1,5 @@
 """The step against the published recipe; the run: resumed equals uninterrupted, bad input is one line."""
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import forked
 import recipe
+import run
 import train
 from config import Config, TrainConfig
 from data import IGNORED, bulletin_losses, load_split
@@ -435,6 +437,29 @@ def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, caps
     assert log == without_times(whole / "log.jsonl")
     shown = float(re.search(r"20/45 .*loss ([\d.]+),", (logs / "0").read_text())[1])    # 2 steps since the last entry
     assert log[3]["step"] == 18 and shown == pytest.approx(log[4]["loss"], abs=0.5)
+
+
+def compiled_for_good() -> None:
+    """Have a run compile what it computes, up to the C++, and fail if a step has to compile it again."""
+    compile_loss = run.compile_loss
+
+    def once(loss, batches):
+        compiled = compile_loss(loss, batches)
+        torch._dynamo.config.error_on_recompile = True
+        return compiled
+
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    run.pays_to_compile, run.compile_loss = lambda *args: True, once
+
+
+def test_the_steps_of_several_processes_need_no_code_beyond_what_was_compiled(small, tmp_path):
+    config = json.loads((small / "config.json").read_text())
+    config["model"]["n_layers"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    start = command(small, tmp_path / "model", "--config", tmp_path / "config.json", "--max-steps", 2,
+                    "--micro-batch-size", 3)[2:]                      # of the four rows of each, parts of 3 and of 1
+    assert forked.exit_codes(forked.start_ranks(2, start, tmp_path / "logs", compiled_for_good)) == [0, 0]
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["is_compiled"]
 
 
 def test_one_batch_overfits(small):
