@@ -126,7 +126,8 @@ def compile_loss(loss: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]] = 
 
     The code for a kind of batch, such as one of a single row, depends on the first such batch that the compiler meets.
     If a resumed run met another one first, its sums could be rounded otherwise; so the compiler is shown the given
-    batches here, the same ones each time that a run starts.
+    batches here, the same ones each time that a run starts. On a GPU this does not make two runs the same, byte for
+    byte: there the gradient of the embedding is summed in whatever order its threads come.
     """
     # Should a step need more code after all, that is compiled as a whole too, not cut at the buckets of Ranks.share.
     torch._dynamo.config.optimize_ddp = False
@@ -145,3 +146,5 @@ def pass_s(loss: Callable, *batch: torch.Tensor, n_times: int = N_TRIAL_PASSES) 
         total.backward()
     total.item()                      # waits for a GPU
     return (time.perf_counter() - started) / n_times
+    if next(loss.parameters()).device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)      # else the same would go for two threads here

@@ -256,3 +256,22 @@ def test_compiled_computes_the_same():
     for n_rows in (5, 3):
         inputs, targets = batch(n_rows)
         assert compiled(inputs, targets).item() == pytest.approx(loss(inputs, targets).item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_gradients_are_the_same_bytes_each_time():
+    """On a CPU of two threads, also where a piece comes more than once."""
+    _, loss, _ = new()
+    ids = torch.randint(4, 64, (256, 13), generator=torch.Generator().manual_seed(0))
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        compiled, seen = devices.compile_loss(loss), set()
+        for _ in range(50):
+            compiled(ids[:, :-1], ids[:, 1:]).backward()
+            seen.add(tuple(p.grad.numpy().tobytes() for p in loss.parameters()))
+            loss.zero_grad()
+    finally:
+        torch.set_num_threads(n_threads)
+        torch.use_deterministic_algorithms(False)
+    assert len(seen) == 1
