@@ -161,14 +161,17 @@ class Tokens:
         """Return inputs and targets [B, T] of some bulletins: the targets are one token on, with id 0 IGNORED."""
         device = self._storage.device
         where = torch.from_numpy(np.stack([self.offsets[indices], self.lengths[indices]]))           # (2, B)
-        if device.type == "cuda":
-            where = where.pin_memory()           # else the copy would wait for all that the GPU still has to do
-        starts, lengths = where.to(device, non_blocking=True)[:, :, None]                            # 2 x (B, 1)
+        starts, lengths = send(where, device)[:, :, None]                                            # 2 x (B, 1)
         columns = torch.arange(int(self.lengths[indices].max()), device=device)                      # (T + 1,)
         is_real = columns < lengths                                                                  # (B, T + 1)
         rows = torch.where(is_real, self._storage[torch.where(is_real, starts + columns, 0)].long() & 0xFFFF, 0)
         inputs, targets = rows[:, :-1], rows[:, 1:]
         return inputs, targets.masked_fill(targets == 0, IGNORED)    # padding, and what the tokenizer does not know
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a CPU's tensor on a device; if it were not pinned, this would wait for all that a GPU still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def encode_lines(task: tuple[bytes, list[str]]) -> list[tuple[list[int], int]]:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig
-from data import IGNORED
+from data import IGNORED, send
 from model import EOS, GPT
 from muon import Muon
 
@@ -181,7 +181,7 @@ class Candidates:
             return ()
         rng = np.random.default_rng([self.config.seed, step])
         dice = torch.from_numpy(rng.random(len(self.priority), dtype=np.float32))
-        score = (self.priority + dice.clamp(max=0.999)).to(targets.device)                        # (V,)
+        score = send(self.priority + dice.clamp(max=0.999), targets.device)                       # (V,)
         score.scatter_(0, targets.flatten().clamp(min=0), 2.0)    # never left out; nor is piece 0, for what is IGNORED
         score, pieces = score.topk(self.config.n_candidates)
         n_sure = (score >= 1).sum()
