@@ -118,6 +118,7 @@ def loss_of(model_folder: Path, paths: list[Path]) -> dict:
             raise ValueError(f"--data {path}: given twice")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; expected bulletins, as in training_data/validation.txt.xz")
+    torch.set_float32_matmul_precision("high")                  # as train.py, which then tells the same loss
     model = GPT.from_pretrained(model_folder, device="cuda" if torch.cuda.is_available() else "cpu")
     load_tokenizer(model_folder / "tokenizer.model", model.config.vocab_size)
     read = [load_tokens([path], model_folder / "tokenizer.model", model.config.context_length) for path in paths]

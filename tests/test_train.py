@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import forked
+import evaluate
 import recipe
 import run
 import train
@@ -107,6 +108,9 @@ def test_the_logged_validation_loss_is_total_by_total(finished, small):
     told = json.loads((out / "run.json").read_text())["val_loss"]
     assert nats.sum() / n_targets.sum() == pytest.approx(told, abs=1e-5)
 
+    torch.set_float32_matmul_precision("highest")                     # GPUs differ in it by default from what trained
+    assert evaluate.loss_of(out, [small / "validation.txt"])["nats_per_token"] == pytest.approx(told, abs=1e-5)
+    assert torch.get_float32_matmul_precision() == "high"
 
 def start_until(small: Path, out: Path, n_checkpoints: int) -> ForkServerProcess:
     """Start or resume a run and return it when it has written a number of checkpoints (one after every step)."""
