@@ -1,6 +1,8 @@
 """One training run: the parts that it is made of, its batches, and the checkpoint from which it goes on."""
 import argparse
+import hashlib
 import itertools
+import json
 import math
 import sys
 import time
@@ -49,6 +51,7 @@ class Run:
         self.steps_an_epoch = math.ceil(len(self.train) / config.train.batch_size)
         self.n_steps = min(config.train.n_epochs * self.steps_an_epoch, args.max_steps or sys.maxsize)
         self.identity = self._identity()
+        self._check_all_are_alike()
         is_half = self.ranks.first(faster_dtype(self.device) == torch.bfloat16)    # all processes do as the first one
         self.dtype = torch.bfloat16 if is_half else torch.float32
         self.is_compiled: bool | None = None        # make_loss decides, once in a run
@@ -156,6 +159,14 @@ class Run:
                 "processes": self.ranks.n, "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}
 
     def save_checkpoint(self) -> None:
+    def _check_all_are_alike(self) -> None:
+        """Raise ValueError, in all processes, if they would not do the same: they would wait for each other in vain."""
+        told = json.dumps([self.identity, self.args.eval_every], sort_keys=True)
+        number = int(hashlib.sha256(told.encode()).hexdigest()[:13], 16)         # 52 bits, which a float64 holds
+        if self.ranks.any(number != self.ranks.first(number))[0]:
+            raise ValueError("the processes differ in their corpus, tokenizer, config, options, code or PyTorch; each "
+                             "node needs the same")
+
         """Write what the run needs to go on; all processes hold the same, so the first writes and the others wait."""
         tally = self.ranks.sum(self.tally.clone())
         if self.ranks.is_first:

@@ -424,6 +424,18 @@ def on_a_terminal() -> None:
 
 
 def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, capsys):
+def another_version_on_the_second() -> None:
+    run.CHECKPOINT_VERSION += int(os.environ["RANK"])
+
+
+def test_processes_that_would_do_otherwise_than_the_first_are_told(small, tmp_path):
+    """They would train on other rows than the first one thinks, or wait for it in vain."""
+    ranks = forked.start_ranks(2, command(small, tmp_path / "model")[2:], tmp_path, another_version_on_the_second)
+    assert forked.exit_codes(ranks) == [2, 2]
+    assert all((tmp_path / rank).read_text().endswith("PyTorch; each node needs the same\n") for rank in "01")
+    assert not (tmp_path / "model").exists()
+
+
     """A batch of 8 rows does not divide by three, and of the sums of three numbers the order matters."""
     whole, out, logs = tmp_path / "whole", tmp_path / "model", tmp_path / "logs"
     assert forked.exit_codes(forked.start_ranks(3, command(small, whole)[2:], logs)) == [0, 0, 0]
