@@ -180,9 +180,12 @@ class Run:
     def load_checkpoint(self) -> None:
         """Go on from the checkpoint; raise ValueError if it is none, or one of another run, naming what differs."""
         try:
-            state = torch.load(self.checkpoint_path, weights_only=True, map_location=self.device)
+            # Not onto a GPU, which may be too full to hold it beside model and optimizers.
+            state = torch.load(self.checkpoint_path, weights_only=True, map_location="cpu")
             before = state["identity"]
         except Exception as error:          # torch.load raises several kinds for a file that is not a checkpoint
+        except OSError:                     # says nothing about the checkpoint
+            raise
             raise ValueError(f"{self.checkpoint_path}: not a checkpoint of a run ({type(error).__name__}); delete it "
                              "to begin anew") from None
         names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]
@@ -197,7 +200,7 @@ class Run:
         self.dtype = torch.bfloat16 if state["dtype"] == "torch.bfloat16" else torch.float32
         torch.set_num_threads(state["threads"])
         if self.ranks.is_first:             # holds the sum over all processes
-            self.tally = state["tally"]
+            self.tally = state["tally"].to(self.device)
         # Entries written after the checkpoint will be written again.
         self.log = [entry for entry in read_log(self.log_path) if entry["step"] <= self.step]
 

@@ -1,4 +1,5 @@
 """The step against the published recipe; the run: resumed equals uninterrupted, bad input is one line."""
+import errno
 import functools
 import json
 import os
@@ -245,6 +246,17 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, smal
     torch.save({"step": 1}, out / "checkpoint.pt")
     assert train.main(command(small, out, "--resume")[2:]) == 2
     assert "checkpoint.pt: not a checkpoint of a run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_the_disk_does_not_yield_is_not_called_broken(small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoint.pt").touch()
+
+    def load(path, weights_only, map_location):
+        assert map_location == "cpu"                      # a GPU may be too full
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(torch, "load", load)
+    assert train.main(command(small, tmp_path, "--resume")[2:]) == 1
+    assert capsys.readouterr().err == "error: [Errno 5] Input/output error\n"
 
 
 def test_a_finished_model_is_not_overwritten_but_trained_further(finished, small, tmp_path, capsys):
