@@ -2,7 +2,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -34,6 +35,23 @@ def pick_device(name: str | None) -> torch.device:
 
 
 # ---------------------------------------------------------------- several processes
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error of PyTorch says that a device's memory is full: it has several."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("out of memory", "DefaultCPUAllocator"))
+
+
+@contextmanager
+def told_if_full(message: str) -> Iterator[None]:
+    """Raise OSError with this message if a device's memory is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OSError(message) from None
+
+
 
 
 @dataclass(frozen=True)

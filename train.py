@@ -24,6 +24,7 @@ import cli
 from config import Config
 from corpus import find_corpus
 from data import IGNORED, bulletin_losses, bulletin_of_ids
+from devices import told_if_full
 from files import write_json
 from model import BOS
 from recipe import learning_rate, train_step
@@ -191,9 +192,11 @@ def train(args: argparse.Namespace) -> None:
     if args.held == "model.safetensors":
         print(f"{args.out}: finished already", file=sys.stderr)
         return
-    run = Run(args, config)
-    with run.claim():
-        carry_out(run)
+    with told_if_full("out of memory: end other programs that use the device, or lower model.d_embedding or "
+                      "model.n_layers"):
+        run = Run(args, config)
+        with run.claim():
+            carry_out(run)
     run.ranks.leave()
 
 
@@ -211,17 +214,13 @@ def carry_out(run: Run) -> None:
               f"({left_out:,} left out: {run.train.n_too_long:,} too long, {run.train.n_malformed:,} malformed), "
               f"{run.n_steps:,} steps on {run.ranks.n} {run.device} in {str(run.dtype).removeprefix('torch.')}",
               file=sys.stderr)
-    try:
+    n_rows = args.micro_batch_size or math.ceil(batch_size / run.ranks.n)
+    advice = ("lower model.d_embedding or model.n_layers" if n_rows == 1 else
+              f"--resume with --micro-batch-size below {n_rows}; the result stays the same")
+    with told_if_full(f"out of memory on {run.device}: {advice}"):
         # Nothing may keep the loss beyond the loop: if it were the last to let go of the processes' connection, it
         # would wait for a thread of it while that thread waits for the interpreter.
         loop(run, run.make_loss(), board)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        n_rows = args.micro_batch_size or math.ceil(batch_size / run.ranks.n)
-        advice = ("lower model.d_embedding or model.n_layers" if n_rows == 1 else
-                  f"--resume with --micro-batch-size below {n_rows}; the result stays the same")
-        raise OSError(f"out of memory on {run.device}: {advice}") from None
     if run.ranks.is_first:
         finish(run)
         print(f"validation loss {run.log[-1]['val_loss']:.3f} nats per token after {run.step:,} steps "

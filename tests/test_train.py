@@ -350,6 +350,20 @@ def test_out_of_memory_as_a_cpu_says_it_with_nothing_left_to_split(small, tmp_pa
     assert capsys.readouterr().err.endswith("error: out of memory on cpu: lower model.d_embedding or model.n_layers\n")
 
 
+@pytest.mark.parametrize("place", ["run.initialise", "run.Run.load_checkpoint", "train.finish"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), torch.AcceleratorError("CUDA error: out of memory\n...")])
+def test_out_of_memory_outside_of_a_step_is_one_line(small, tmp_path, monkeypatch, capsys, place, error):
+    """Another program may hold the GPU before this one does."""
+    def full(*args):
+        raise error
+    monkeypatch.setattr(place, full)
+    if place == "run.Run.load_checkpoint":
+        (tmp_path / "checkpoint.pt").touch()
+    assert train.main(command(small, tmp_path, "--resume", "--max-steps", 1)[2:]) == 1
+    assert capsys.readouterr().err.endswith("error: out of memory: end other programs that use the device, or lower "
+                                            "model.d_embedding or model.n_layers\n")
+
+
 def test_tensorboard_is_asked_for_by_name(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train.main(command(small, tmp_path / "model", "--tensorboard")[2:]) == 2
