@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from textwrap import shorten
 
 import torch
 import torch.distributed as dist
@@ -111,9 +112,11 @@ class Ranks:
 # ---------------------------------------------------------------- compilation
 
 
-def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_passes: int, dtype: torch.dtype) -> bool:
+def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_passes: float, most_s: float,
+                    dtype: torch.dtype) -> bool:
     """Tell whether n_passes over such a batch end sooner compiled, compiler included; measured, not guessed.
 
+    The run is over after most_s, however many passes are left.
     A CPU in float32 is not tried: nearly all its time goes into matrix products, which a compiler leaves as they are.
     Leaves no gradients behind.
     """
@@ -122,7 +125,9 @@ def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_passes: 
         return False
     try:
         pass_s(loss, *batch, n_times=1)            # the first one prepares much
-        eager_s = n_passes * pass_s(loss, *batch)
+        eager_pass_s = pass_s(loss, *batch)
+        n_passes = min(n_passes, most_s / eager_pass_s)
+        eager_s = n_passes * eager_pass_s
         if eager_s < WORTH_COMPILING_S:
             return False
         print("compiling, about a minute ...", file=sys.stderr)
@@ -132,7 +137,8 @@ def pays_to_compile(loss: nn.Module, batch: tuple[torch.Tensor, ...], n_passes: 
             compile_s = time.perf_counter() - started
             return compile_s + n_passes * pass_s(compiled, *batch) < eager_s
         except Exception as error:    # a compiler fails in as many ways as there are machines; eager is always right
-            print(f"not compiled, the run takes longer: {type(error).__name__}, is there a C++ compiler?",
+            advice = "" if is_out_of_memory(error) else "; is there a C++ compiler?"
+            print(f"not compiled, the run takes longer: {type(error).__name__} {shorten(str(error), 200)}{advice}",
                   file=sys.stderr)
             return False
     finally:

@@ -85,7 +85,8 @@ class Run:
         if self.is_compiled is None:
             rows = next(self._parts())
             n_passes = self.n_steps * math.ceil(self.config.train.batch_size / self.ranks.n / len(rows))
-            pays = self.ranks.is_first and pays_to_compile(loss, self._read(rows), n_passes, self.dtype)
+            most_s = 60 * (self.args.max_minutes or math.inf)
+            pays = self.ranks.is_first and pays_to_compile(loss, self._read(rows), n_passes, most_s, self.dtype)
             self.is_compiled = bool(self.ranks.first(pays))
         if self.is_compiled:
             loss = compile_loss(loss, map(self._read, self._kinds_of_parts()))

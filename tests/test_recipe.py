@@ -224,19 +224,23 @@ def test_muon_goes_on_from_its_state():
 
 def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
     monkeypatch.setattr(devices, "WORTH_COMPILING_S", 0)
-    def fail(*batch):
-        raise RuntimeError("no g++")
-    monkeypatch.setattr(torch, "compile", lambda loss, **options: fail)
     _, loss, _ = new()
-    assert not devices.pays_to_compile(loss, batch(), 1000, torch.bfloat16)
-    assert "is there a C++ compiler?" in capsys.readouterr().err and all(p.grad is None for p in loss.parameters())
+    for error, told in ((RuntimeError("no g++\nat all"), "RuntimeError no g++ at all; is there a C++ compiler?"),
+                        (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError CUDA out of memory.")):
+        def fail(*batch):
+            raise error
+        monkeypatch.setattr(devices, "compile_loss", fail)
+        assert not devices.pays_to_compile(loss, batch(), 1000, math.inf, torch.bfloat16)
+        assert capsys.readouterr().err.endswith(f"not compiled, the run takes longer: {told}\n")
+        assert all(p.grad is None for p in loss.parameters())
 
 
-def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch):
+def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
     _, loss, _ = new()
-    assert not devices.pays_to_compile(loss, batch(), 1, torch.bfloat16)
-    assert not devices.pays_to_compile(loss, batch(), 10**9, torch.float32)
+    assert not devices.pays_to_compile(loss, batch(), 1, math.inf, torch.bfloat16)
+    assert not devices.pays_to_compile(loss, batch(), 10**9, math.inf, torch.float32)
+    assert not devices.pays_to_compile(loss, batch(), 10**9, 120, torch.bfloat16) and not capsys.readouterr().err
     assert all(p.grad is None for p in loss.parameters())             # the first step must not find any of a trial
 
 
