@@ -1,12 +1,9 @@
-"""A judge's answers: read, however broken, and compared between models.
+"""A judge's scores, compared between models: what `evaluate.py report` prints is made by `report_of`.
 
-A judgement is the text in which a large model judges one bulletin, ending in a score of 1 to 5. `read_answer` gives
-the score of one answer; `report_of` makes what `evaluate.py report` prints.
+A judgement is the text in which a large model judges one bulletin, ending in a score; verdicts.py reads it.
 """
 import json
 import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Hashable
 from itertools import combinations
@@ -18,143 +15,13 @@ from tqdm import tqdm
 
 import answers
 import stats
-from bulletins import ASCII_PUNCTUATION
+from verdicts import HIGHEST, LOWEST, Reading, read_answer
 
-LOWEST, HIGHEST = 1, 5        # the judge's scale
 ALPHA, POWER = 0.05, 0.8
 # Names of the texts that every run of `evaluate.py judge` adds, to see whether the judge can judge.
 REAL = "real text"
 DAMAGED = ("shuffled sentences", "swapped headline", "repeated phrase")
 CONTROLS = (REAL, *DAMAGED)
-
-# ---------------------------------------------------------------- a judge's answer
-
-PREFILLED = '{"notes": "'
-# 4, "4/5", "4 of 5 stars", "Score: 4", "4: good", "4. The story is fine"; a remark may hold no second number
-NUMBER = re.compile(r"(?:(?:score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|(?:out )?of)\s*5(?:\.0)?)?"
-                    r"(?:\s*(?:stars?|points?))?(?:\s*:[^0-9]*|\s*(?:[(,;]|[-.]\s)"
-                    r"(?!.*\b(?:one|two|three|four|five|ten|or|to|of)\b)[^0-9]*)?")
-WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
-CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
-DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
-# The key "evaluation" and its value, in JSON too broken to be parsed. Notes may hold the word, even in quotes, so it
-# counts only if a brace, or a comma and the next key, follows the value. Where a key belongs (after a closing quote or
-# bracket, after an opening brace, or on a new line) the end of the line or of the text, or a remark, will do.
-EVALUATION = re.compile(r"""
-    (?P<in_place> (?: ["'}\]] (?: \s* , )? | [0-9] \s* , | \{ ) \s* | \n [^\S\n]* )?
-    (?<!\\) ["'] \s* (?i:evaluation) \s* (?<!\\) ["'] \s* : \s*
-    (?: " (?P<quoted> [^"{}\n]{1,80} ) "
-      | ["']? (?P<bare> [^\s,{}()\[\]<>"']+ (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) ["']? [.)]? )
-    (?: (?P<goes_on> \s* , \s* ["'] )
-      | (?: \s* , )? \s* [{}\]<]
-      | (?(in_place) (?: (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n | \s+ (?: [(\[] | /[/*] | \# | [A-Z] ) )
-                       | \s*+ ,?+ \s*+ ["']? \w++ ["']? \s* : | \s+ (?: because | since | as | for )\b ) | (?!) ) )
-    """, re.VERBOSE)
-NEXT_OBJECT = re.compile(r"\}\s*\{")
-# The same where it is hardly JSON: a key that lost a quote or both, or has them all escaped, or a line such as
-# "**Evaluation:** 4" or a heading. It counts only as the last thing that an answer says.
-LABEL = re.compile(r"""
-    (?: \A | \n | \{ | ["'] \s* , ) [\ \t\\"'*_\#-]* (?: (?i: overall | final ) [\ ] )? (?i:evaluation)
-    (?: [*_\s]* \( 1 \s* (?: - | to ) \s* 5 \) )? (?: [\s\\"'*_]* : [\s\\"'*_]* | [*_]* \n [\s*_]* )
-    (?P<value> [0-9]+ (?: \.[0-9]+ )? (?: \s* (?: / | (?: out\ )? of ) \s* 5 )? ) [\s\\"'*_`}\]]* \Z""", re.VERBOSE)
-IS_WHOLE = re.compile(r"[.!?)*`]\Z")      # how an answer ends that was not cut off, as far as one can tell
-
-
-class Reading(NamedTuple):
-    """What an answer says: its score, or why it has none."""
-    score: float | None
-    problem: str | None = None
-
-
-def read_answer(text: str | None) -> Reading:
-    """Return the score that a judge's answer gives, or why it gives none; a score is never guessed.
-
-    The answer is a JSON object or the continuation of one that begins with PREFILLED. It is often broken: line breaks
-    and quotes inside the notes, text around the object, a second object, an end in the middle. The first object that
-    gives an evaluation counts.
-
-    >>> read_answer('The plot is "odd", but\\nsimple.", "evaluation": "4"} Done.')
-    Reading(score=4.0, problem=None)
-    >>> read_answer('I would give it an evaluation: 4, if the')
-    Reading(score=None, problem='cut off before the evaluation')
-    """
-    text = CODE_FENCE.sub("", without_thinking(text or "")).strip()
-    if not text:
-        return Reading(None, "empty")
-    values, rest = sound_evaluations(text)
-    if values:
-        readings = {score_of(value) for value in values}
-        return readings.pop() if len(readings) == 1 else Reading(None, "several evaluations")
-    # Typographic quotes, full-width characters and line breaks spelled \\n become plain ones, which would have spoiled
-    # sound JSON.
-    plain = unicodedata.normalize("NFKC", rest.translate(ASCII_PUNCTUATION)).replace("\\n", "\n").replace("\u200b", "")
-    value = broken_evaluation(plain.strip())
-    if value is None:
-        is_whole = "}" in text or IS_WHOLE.search(text)
-        return Reading(None, "no evaluation" if is_whole else "cut off before the evaluation")
-    return score_of(value)
-
-
-def without_thinking(text: str) -> str:
-    """Return an answer without what a model thought before it; some servers leave out the tag that opens it."""
-    return text.rpartition("</think>")[2].partition("<think>")[0]
-
-
-def sound_evaluations(text: str) -> tuple[list, str]:
-    """Return the values of "evaluation" in the first sound JSON object of a text, and what is left to search.
-
-    An object without any is cut out of what is left: what its notes say is no evaluation.
-    """
-    before, brace, after = text.partition("{")
-    for before, candidate in (("", PREFILLED + text), (before, brace + after)):
-        if "evaluation" in before.lower():
-            break                                 # it may be that of a broken object, which then goes first
-        try:
-            parsed, end = DECODER.raw_decode(candidate)
-            return evaluations_in(parsed), before + candidate[end:]
-        except (ValueError, RecursionError):
-            continue
-    return [], text
-
-
-def evaluations_in(parsed) -> list:
-    """Return the value of "evaluation" in parsed JSON: the object's own, or else those of all objects inside it."""
-    if not isinstance(parsed, dict | list):
-        return []
-    members = list(parsed.items()) if isinstance(parsed, dict) else [("", value) for value in parsed]
-    own = [value for key, value in members if key.strip().lower() == "evaluation"]
-    return own[-1:] or [found for _, value in members for found in evaluations_in(value)]
-
-
-def broken_evaluation(text: str) -> str | None:
-    """Return the value of "evaluation" in the first object of broken JSON; the last one if it stands there twice."""
-    found = None
-    for match in EVALUATION.finditer(text):
-        if found and NEXT_OBJECT.search(text, found.end() - 1, match.end()):
-            break
-        if found and found["in_place"] and not match["in_place"]:
-            continue                              # in a remark that follows the score
-        found = match
-        if match["goes_on"] is None:
-            break
-    if found is None:
-        label = LABEL.search(text)
-        return label and label["value"]
-    # A full stop may be the point of a number that was cut off there.
-    return found["quoted"] or found["bare"].rstrip("" if found.end("bare") == len(text) else ".;")
-
-
-def score_of(value) -> Reading:
-    """Return the score that a value of "evaluation" stands for: 4, "4/5", "4: good", "four". Half points are kept."""
-    text = unicodedata.normalize("NFKC", str(value)).translate(ASCII_PUNCTUATION).strip(" *\n\"'").lower()
-    match = NUMBER.fullmatch(WORDS.get(text, text))
-    if match is None or isinstance(value, bool):
-        return Reading(None, f"not a number: {value!r:.20}")
-    score = float(match[1])
-    return Reading(score) if LOWEST <= score <= HIGHEST else Reading(None, f"outside {LOWEST} to {HIGHEST}: {text:.20}")
-
-
-# ---------------------------------------------------------------- report
 
 
 class Judgement(NamedTuple):

@@ -3,20 +3,14 @@
 `evaluate.py judge --pairwise` asks for them; `evaluate.py report` prints the report that is made here.
 """
 import math
-import re
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import answers
 import stats
-from judgements import ALPHA, DAMAGED, REAL, controls_of, with_holm, without_thinking
-
-# The choice must be all that the value says: "A or B" is none.
-BETTER = re.compile(r"""
-    ["'“”]better\\?["'“”] \s*:\s* \\?["'“]? \s* (?: story\s+ )? (A|B|tie) \s* (?: [\\"'”}\n] | \Z )
-    """, re.IGNORECASE | re.VERBOSE)
-VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}          # for the story that stands first
+from judgements import ALPHA, DAMAGED, REAL, controls_of, with_holm
+from verdicts import read_better
 
 
 class Preference(NamedTuple):
@@ -24,16 +18,6 @@ class Preference(NamedTuple):
     first: str                # whose story stood first
     second: str
     value: float | None       # 1 where the first was found better, 0.5 for a tie; None where the answer does not say
-
-
-def read_better(text: str | None) -> float | None:
-    """Return what a judge's answer chose, None if it does not say or contradicts itself.
-
-    >>> read_better('A is cut.", "better": "B"}'), read_better('"better": "tie"'), read_better("A, I think")
-    (0.0, 0.5, None)
-    """
-    said = {match.lower() for match in BETTER.findall(without_thinking(text or ""))}
-    return VALUES[said.pop()] if len(said) == 1 else None
 
 
 def read_preferences(path: Path) -> list[Preference]:

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from files import write_beside
-from judgements import HIGHEST, LOWEST, POWER, n_tested
+from judgements import POWER, n_tested
+from verdicts import HIGHEST, LOWEST
 
 # ---------------------------------------------------------------- tables and JSON
 

@@ -2,7 +2,7 @@
 import json
 from typing import NamedTuple
 
-from judgements import PREFILLED
+from verdicts import PREFILLED
 
 CRITERIA = """1. Grammar: is every sentence whole and correct?
 2. Prose: are the words plain and the sentences clear?

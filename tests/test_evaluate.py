@@ -146,6 +146,29 @@ SCORED = {
     "The plot is clear.\n## Evaluation\n4": 4,
     "Notes: fine.\n\nEvaluation: 4": 4,
     "Notes: fine.\n\n**Evaluation:** 4/5\n": 4,
+    "Notes: fine.\nEvaluation: 4.": 4,
+    "Notes: fine.\n\n**Evaluation: 4/5**.": 4,
+    "Notes: fine.\n\n**Evaluation:** 4 out of 5.": 4,
+    # a remark, as the rubric words it; a number in it that counts something is no score
+    '{"notes": "Fine.", "evaluation": "4 (one small fault)"}': 4,
+    '{"notes": "Fine.", "evaluation": "4 - one small fault"}': 4,
+    '{"notes": "Fine.", "evaluation": "4, one small fault"}': 4,
+    '{"notes": "Fine.", "evaluation": "1 - hardly any of it makes sense"}': 1,
+    '{"notes": "Fine.", "evaluation": "3 - the story can be followed, but one criterion clearly fails"}': 3,
+    '{"notes": "Fine.", "evaluation": "2: three of the five criteria fail"}': 2,
+    '{"notes": "Fine.", "evaluation": "4 (out of 5)"}': 4,
+    'Fine.", "evaluation": 4 (on a scale of 1 to 5)}': 4,
+    'Fine.", "evaluation": 4 - one small fault}': 4,
+    'Fine.", "evaluation": 4: one small fault}': 4,
+    'Fine.", "evaluation": 4 -- good}': 4,
+    'Fine.", "evaluation": 4 stars}': 4,
+    'Fine.", "evaluation": 4 because it has 5 sentences}': 4,
+    'Fine.", "evaluation": 4 Headline: 5 cats': 4,
+    'Fine.", "evaluation": 4\n\nHeadline: cats\nStory: 5, or 3': 4,
+    # a full stop inside quotes that are closed
+    '{"notes": "Fine.", "evaluation": "4."}': 4,
+    '{"notes": "Fine.", "evaluation": "4/5."}': 4,
+    'So "odd".", "evaluation": "4."}': 4,
 }
 
 # Another evaluation comes before the one that counts: what is cut in between may give it.
@@ -156,6 +179,11 @@ REVISED = {
     'Sure: {"notes": "Its \'evaluation\': 3} is odd.", "evaluation": 4}': 4,
     'Fine.\nEvaluation: 3\nThat is harsh.", "evaluation": 4}': 4,
     'I think {"evaluation": 1}.\n</think>\n{"notes": "Fine.", "evaluation": 4}': 4,
+    'It says "go". "evaluation": 3.", "evaluation": 4}': 4,
+    'It says "go". “evaluation”: 3.", "evaluation": 4}': 4,
+    'The "go" and "evaluation": 3", "evaluation": 4}': 4,
+    'The "evaluation": 3}. Still.", "evaluation": 4}': 4,
+    'So "odd".", "evaluation": 4, "why": "It."}\nHeadline: cats\n{"notes": "Fine.", "evaluation": 2}': 4,
 }
 
 UNSCORED = {
@@ -201,6 +229,21 @@ UNSCORED = {
     '{"notes": "Fine.", "evaluation": "1. to be decided"}': "not a number: '1. to be decided'",
     'Fine.", "evaluation": 4 out of ten}': "no evaluation",
     'Fine.", "evaluation": 4 or lower}': "no evaluation",
+    'Fine.", "evaluation": 4\nor 5}': "no evaluation",
+    'Fine.", "evaluation": 4 (out of 10)}': "not a number: '4 (out of 10)'",
+    'Fine.", "evaluation": 4 Out of 10}': "not a number: '4 Out of 10'",
+    'Fine.", "evaluation": 4 # or 5\n}': "not a number: '4 # or 5'",
+    'Fine.", "evaluation": 10: good}': "outside 1 to 5: 10",
+    'So "odd".", "evaluation": 4 (or 5)}': "not a number: '4 (or 5)'",
+    'So "odd".", "evaluation": 3 (no, 4)}': "not a number: '3 (no, 4)'",
+    'Fine.", "evaluation": 3 for logic, 4 for prose}': "not a number: '3 for logic, 4",
+    'Fine.", "evaluation": 3/5 for prose, 4/5 for logic}': "not a number: '3/5 for prose",
+    '{"notes": "Fine.", "evaluation": "4: three"}': "not a number: '4: three'",
+    '{"notes": "Fine.", "evaluation": "4: or rather two"}': "not a number: '4: or rather two'",
+    '{"notes": "Fine.", "evaluation": "4: between four and five"}': "not a number: '4: between four",
+    '{"notes": "Fine.", "evaluation": "1: to be decided"}': "not a number: '1: to be decided'",
+    '{"notes": "Fine.", "evaluation": "4 (very\\nor three)"}': "not a number: '4 (very\\nor three)'",
+    'The "evaluation": 3}, or the "evaluation": 4}': "several evaluations",
     "Here is my list:\nEvaluation\n1.": "no evaluation",
     '{"notes": "Fine.", "evaluation": [4]}': "not a number: [4]",
     '{"notes": "Fine.", "evaluation": {"plot": 4}}': "not a number",
@@ -254,6 +297,7 @@ def test_answer_cut_anywhere_gives_its_score_or_none(text):
 @pytest.mark.parametrize("text", ['x", "evaluation": 4' + " " * 20_000 + "x",
                                   '", "evaluation": 4' + " " * 20_000 + "of",
                                   '", "evaluation": "4"' + "\t" * 20_000 + "x", '"' * 20_000, '", ' * 10_000,
+                                  '", "evaluation": 4 (' + " " * 20_000 + "x", "Evaluation: 4" + '"' * 20_000 + "x",
                                   '"' + "\n" * 20_000 + "x", '"evaluation": ' * 5000])
 def test_degenerate_answers_do_not_hang(text):
     assert judged.read_answer(text).score in (None, 4.0)

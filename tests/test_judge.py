@@ -119,7 +119,7 @@ def test_what_is_asked_and_what_is_kept(corpus, tmp_path):
         assert judge(server, corpus, out, "--repeats", 1, "--temperature", 0.3, samples=("bad",)) == 0
     body = server.bodies[0]
     assert body["temperature"] == 0.3 and body["max_tokens"] == judging.MAX_TOKENS
-    assert body["messages"][-1] == {"role": "assistant", "content": judgements.PREFILLED}
+    assert body["messages"][-1] == {"role": "assistant", "content": rubric.PREFILLED}
     assert len({json.dumps(body["messages"][:-2]) for body in server.bodies}) == 1        # cacheable
     for record in raw_of(out):
         assert set(record) == {"key", "asked", "model", "text", "finish_reason", "usage", "created"}
@@ -256,7 +256,14 @@ def test_who_always_likes_the_first_story_prefers_nobody(corpus, tmp_path, capsy
     ('"better": "tie', 0.5),
     ("A is better", None), ('"better": "A"} no, "better": "B"}', None), ('"better": "Alpha"}', None), (None, None),
     ('<think>"better": "A"</think>"better": "B"}', 0), ('"better": "A or B"}', None), ('"better": "Story B"}', 0),
-    ('"better": A}', 1), ('"better": "A, or B"}', None)])
+    ('"better": A}', 1), ('"better": "A, or B"}', None),
+    ('{"notes": "Its \\"better\\": \\"A\\" is odd.", "better": "B"}', 0),
+    ('x", "better": "B"} {"notes": "next", "better": "A"}', 0),
+    ('x", "better": "B"}\n\nHeadline: cats\n{"notes": "next", "better": "A"}', 0),
+    ('So "odd".", "better": B, "reason": "z"}', 0), ('{"better": A, "notes": "z"}', 1), ('x", "better": "B."}', 0),
+    ('x", "better": "**B**"}', 0), ('x", "better": "B (slightly)"}', 0), ('x", better: "B"}', 0),
+    ('x", "better": B</s>', 0), ('x", "better": "A" or "B"}', None), ('x", "better": "A (or B)"}', None),
+    ('x", "better": A\nor B}', None), ('The "better": "A" would be wrong.", "better": "B"}', 0)])
 def test_a_choice_is_read_and_never_guessed(text, value):
     assert preferences.read_better(text) == value
 
