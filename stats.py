@@ -117,10 +117,12 @@ def smallest_detectable_difference(a: Sequence[float], b: Sequence[float] | None
     """Return the true difference of means that a two-sided test at alpha would find with this power.
 
     `a` alone holds paired differences; with `b`, the two are independent samples. It takes the spread and the sizes
-    seen, not the difference seen. nan for fewer than two values in one, or without spread.
+    seen, not the difference seen. nan for fewer than two values in one, or without spread, and where so few values
+    cannot give a p-value below alpha, however much they differ.
     """
     samples = [a] if b is None else [a, b]
-    if min(map(len, samples)) < 2:
+    n_patterns = 2 ** len(a) if b is None else math.comb(len(a) + len(b), len(a))       # of signs, or splits
+    if min(map(len, samples)) < 2 or 2 / n_patterns >= alpha:
         return math.nan
     standard_error = math.sqrt(sum(np.var(sample, ddof=1) / len(sample) for sample in samples))
     freedom = sum(map(len, samples)) - len(samples)

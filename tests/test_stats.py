@@ -116,6 +116,17 @@ def test_smallest_detectable_difference_by_hand():
     assert math.isnan(stats.smallest_detectable_difference([2, 2, 2]))
 
 
+def test_no_difference_is_detectable_where_no_p_value_could_be_small_enough():
+    # The smallest p-value of n pairs is 2 / 2^n: 0.0625 of 5, 0.03125 of 6.
+    assert math.isnan(stats.smallest_detectable_difference([4, 3, 4, 4, 3]))
+    assert stats.smallest_detectable_difference([4, 3, 4, 4, 3, 3]) > 0
+    assert math.isnan(stats.smallest_detectable_difference([4, 3, 4, 4, 3, 3], alpha=0.03))
+    # Of 3 against 3, 2 / C(6, 3) = 0.1; of 4 against 4, 2 / C(8, 4) = 0.029.
+    assert math.isnan(stats.smallest_detectable_difference([1, 2, 3], [4, 5, 6]))
+    assert stats.smallest_detectable_difference([1, 2, 3, 3], [4, 5, 6, 6]) > 0
+    assert stats.smallest_detectable_difference([1, 2] * 2000, [2, 3] * 2000) > 0
+
+
 def test_smallest_detectable_difference_is_found_that_often():
     rng, found = np.random.default_rng(3), 0
     effect = stats.smallest_detectable_difference(np.resize([-1.0, 1.0], 30))
