@@ -5,11 +5,13 @@ The damaged ones are controls: a judge that finds them no worse than the real on
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import quality
+from bulletins import Bulletin
 from judgements import CONTROLS, DAMAGED, REAL
 
 N_DAMAGED = 40                # bulletins damaged in each way: enough to find a difference of half a point
@@ -54,7 +56,7 @@ def texts_to_judge(files: dict[str, Path], data: Path, limit: int) -> tuple[dict
     is_paired = 2 * len(shared) > max(map(len, headlines))
     if is_paired:
         wanted = set(shared[:limit])
-        by_name = {name: [bulletin for bulletin in members if bulletin.headline in wanted]
+        by_name = {name: in_turns([bulletin for bulletin in members if bulletin.headline in wanted])
                    for name, members in by_name.items()}
     real = [bulletin for bulletin in held_out if is_paired and bulletin.headline in wanted]
     has_own_headlines = 2 * len(real) <= min(limit, len(shared))
@@ -66,6 +68,16 @@ def texts_to_judge(files: dict[str, Path], data: Path, limit: int) -> tuple[dict
         texts[name] = [text._replace(name=name) for text in damage(texts[REAL][:N_DAMAGED])]
     remarks = sharing_remarks(len(files), len(shared), is_paired, has_own_headlines)
     return {name: members for name, members in texts.items() if members}, remarks
+
+
+def in_turns(members: list[Bulletin]) -> list[Bulletin]:
+    """Return the first bulletin on each headline, then the second on each, and so on: a cut keeps most headlines."""
+    n_before: Counter[str] = Counter()
+    turns = []
+    for bulletin in members:
+        turns.append(n_before[bulletin.headline])
+        n_before[bulletin.headline] += 1
+    return [bulletin for _, bulletin in sorted(zip(turns, members), key=lambda pair: pair[0])]
 
 
 def sharing_remarks(n_files: int, n_shared: int, is_paired: bool, has_own_headlines: bool) -> list[str]:
@@ -99,9 +111,14 @@ def swapped_headlines(texts: list[Text]) -> Iterator[Text]:
 
 
 def repeated_phrase(texts: list[Text]) -> Iterator[Text]:
-    """Yield each text with its second half replaced by one phrase over and over, as a small model writes it."""
+    """Yield each text with its second half replaced by one phrase over and over, as a small model writes it.
+
+    One without any word is left out.
+    """
     for text in texts:
         words = text.story.split()
+        if not words:
+            continue
         first = words[:max(1, len(words) // 2)]
         phrase = first[-6:]
         yield text._replace(story=" ".join(first + phrase * math.ceil((len(words) - len(first)) / len(phrase))) + ".")

@@ -141,8 +141,11 @@ def controls_of(checks: list[dict]) -> dict | None:
     """Return whether the judge tells real text from damaged text of every kind; None if it was given none.
 
     A check is the comparison with one kind; its "is_separated" says whether real text is better by more than chance.
+    "missing" names the kinds that were not compared.
     """
-    return {"checks": checks, "are_separated": all(check["is_separated"] for check in checks)} if checks else None
+    missing = sorted(set(DAMAGED) - {check["b"] for check in checks})
+    are_separated = all(check["is_separated"] for check in checks)
+    return {"checks": checks, "are_separated": are_separated, "missing": missing} if checks else None
 
 
 def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) -> dict:

@@ -31,7 +31,8 @@ DEFAULT_MODEL = "qwen/qwen-2.5-72b-instruct"       # not of the family of the de
 MAX_TOKENS = 500
 EXPECTED_TOKENS = 130         # of an answer, before there are any to measure
 # Words in names of models that tell nothing of their family
-COMMON_WORDS = {"instruct", "chat", "base", "free", "fine", "tuned", "gguf", "preview", "latest"}
+COMMON_WORDS = {"instruct", "chat", "base", "free", "fine", "tuned", "gguf", "preview", "latest", "thinking", "distill",
+                "nano", "mini", "small", "medium", "large", "lite", "flash", "turbo", "pro"}
 
 
 class Draft(NamedTuple):
@@ -58,22 +59,23 @@ def single_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
 
 def pair_drafts(texts: dict[str, list[Text]]) -> list[Draft]:
     """Return two questions, one for each order, for every two stories on one headline: of two models, of a model and
-    real text, of real text and its damaged copies.
+    real text, of real text and its damaged copies. All pairs of names in turn: a run cut short has judged as much of
+    each, controls too.
 
     Raises ValueError if two models share no headline.
     """
     stories = {name: {text.headline: text.story for text in reversed(members)} for name, members in texts.items()}
-    drafts = []
+    drafts: list[tuple[int, Draft]] = []           # with the place of the headline in its pair
     for a, b in combinations(texts, 2):
         if a in DAMAGED or (b in DAMAGED and a != REAL):
             continue
         shared = [headline for headline in stories[a] if headline in stories[b]]
         if not shared and REAL not in (a, b):
             raise ValueError(f"--pairwise: {a} and {b} share no headline; sample both with the same --headline")
-        drafts += [Draft(f"{first}/{second}", [headline, stories[first][headline], stories[second][headline]],
-                         {"headline": headline, "first": first, "second": second})
-                   for headline in shared for first, second in ((a, b), (b, a))]
-    return drafts
+        drafts += [(place, Draft(f"{first}/{second}", [headline, stories[first][headline], stories[second][headline]],
+                                 {"headline": headline, "first": first, "second": second}))
+                   for place, headline in enumerate(shared) for first, second in ((a, b), (b, a))]
+    return [draft for _, draft in sorted(drafts, key=lambda placed: placed[0])]
 
 
 def jobs_of(drafts: list[Draft], n_repeats: int, identity: Callable[[Draft], list]) -> list[Job]:

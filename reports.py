@@ -87,6 +87,8 @@ def print_controls(controls: dict | None, measure: str) -> None:
     print_table([["control", measure, "95% interval", "p (Holm)", "told apart"]] + [
         [f"{check['a']} - {check['b']}", number(check[measure]), interval(check), p_value(check["p_holm"]),
          "yes" if check["is_separated"] else "NO"] for check in controls["checks"]])
+    if controls["missing"]:
+        print(f"not judged: {', '.join(controls['missing'])}")
     if not controls["are_separated"]:
         print("\nTHE RANKING MEANS NOTHING: this judge does not tell real text from damaged text "
               "(or the real text is no better).")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import judgements
 import judging
 import preferences
 import quality
+import reports
 import rubric
+import verdicts
 from bulletins import bulletin_of
 from chat_server import HEALED_BY_RETRY, KEY, MODEL, ChatServer, random_faults
 
@@ -119,7 +122,7 @@ def test_what_is_asked_and_what_is_kept(corpus, tmp_path):
         assert judge(server, corpus, out, "--repeats", 1, "--temperature", 0.3, samples=("bad",)) == 0
     body = server.bodies[0]
     assert body["temperature"] == 0.3 and body["max_tokens"] == judging.MAX_TOKENS
-    assert body["messages"][-1] == {"role": "assistant", "content": rubric.PREFILLED}
+    assert body["messages"][-1] == {"role": "assistant", "content": verdicts.PREFILLED}
     assert len({json.dumps(body["messages"][:-2]) for body in server.bodies}) == 1        # cacheable
     for record in raw_of(out):
         assert set(record) == {"key", "asked", "model", "text", "finish_reason", "usage", "created"}
@@ -251,6 +254,17 @@ def test_who_always_likes_the_first_story_prefers_nobody(corpus, tmp_path, capsy
     assert "MEANS NOTHING" in capsys.readouterr().out
 
 
+def test_a_pairwise_run_cut_short_has_judged_as_much_of_every_pair(corpus, tmp_path, capsys):
+    out = tmp_path / "pairs.json"
+    with ChatServer(lambda n, body: "402" if n > 50 else None,
+                    text_of=lambda body: choice_of(body, lambda first, second: "A")) as server:
+        assert judge(server, corpus, out, "--pairwise", "--repeats", 1, "--concurrency", 1) == 2
+    asked = Counter(frozenset((p.first, p.second)) for p in preferences.read_preferences(out))
+    assert len(asked) == 6 and max(asked.values()) - min(asked.values()) <= 2 < min(asked.values())
+    assert evaluate.main(["report", "--judgements", str(out)]) == 0
+    assert "MEANS NOTHING" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text, value", [
     ('{"notes": "x", "better": "A"}', 1), ('x", "better": "b"}', 0), ('{\\"better\\": \\"A\\"}', 1),
     ('"better": "tie', 0.5),
@@ -321,6 +335,31 @@ def test_at_most_so_many_bulletins_on_the_same_headlines(corpus):
         == {text.headline for text in texts["real text"]}
 
 
+def test_several_bulletins_on_a_headline_do_not_crowd_out_others(corpus, tmp_path):
+    real = [sample.bulletin for sample in quality.read_samples(corpus / "good.jsonl")]
+    four = [bulletin._replace(story=f"{n}. {bulletin.story}") for bulletin in real for n in range(4)]
+    write_samples(tmp_path / "four.jsonl", four)
+    files = {"four": tmp_path / "four.jsonl", "one": corpus / "bad.jsonl"}
+    texts, _ = controls.texts_to_judge(files, corpus, 24)
+    assert [[text.headline for text in texts[name]] for name in files] == [[b.headline for b in real]] * 2
+    texts, _ = controls.texts_to_judge(files, corpus, 30)
+    assert [text.story[0] for text in texts["four"]] == ["0"] * 24 + ["1"] * 6
+
+
+def test_a_story_without_words_is_damaged_in_no_way(corpus):
+    text = controls.Text("real text", 1, "storm closes school", "")
+    assert not list(controls.repeated_phrase([text])) and not list(controls.shuffled_sentences([text]))
+
+
+def test_a_kind_of_damage_that_was_not_judged_is_named(capsys):
+    fives, ones = ([judgements.Judgement(str(n), verdicts.Reading(score)) for n in range(6)] for score in (5.0, 1.0))
+    report = judgements.report_of({"real text": fives, "swapped headline": ones}, True)
+    assert report["controls"]["are_separated"]
+    assert report["controls"]["missing"] == ["repeated phrase", "shuffled sentences"]
+    reports.print_scores(report)
+    assert "not judged: repeated phrase, shuffled sentences" in capsys.readouterr().out
+
+
 def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     with ChatServer() as server:
@@ -345,6 +384,8 @@ def test_a_judge_of_the_writers_family_is_warned_of(corpus, tmp_path, capsys):
     assert f"the judge {MODEL} is of the family of test/older-model" in capsys.readouterr().err
     assert judging.is_same_family("meta-llama/llama-3.3-70b-instruct", "Llama-3.1-8B-Instruct")
     assert not judging.is_same_family(judging.DEFAULT_MODEL, "meta-llama/llama-3.1-8b-instruct")
+    assert not judging.is_same_family("microsoft/phi-4-mini-instruct", "openai/gpt-4o-mini")
+    assert not judging.is_same_family("google/gemini-2.5-flash", "z-ai/glm-4.7-flash")
 
 
 def test_the_examples_of_the_prompt_read_as_they_are_scored():
