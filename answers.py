@@ -19,6 +19,7 @@ import cli
 
 SEED_WORDS = "seed_words"     # the field that says what was asked; other commands have a field of their own
 EXAMPLE = re.compile(r"<h1>(.+)</h1><p>(.+)</p>")         # headline, story
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")           # from JSON such as "\ud800"; no file or terminal takes it
 
 
 def read_vocabulary(path: Path) -> list[list[str]]:
@@ -43,27 +44,30 @@ def read_examples(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path):
-    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file, also if a key is twice."""
+    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file, also for a bad key."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeated_keys)
-    except RepeatedKey as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=with_good_keys)
+    except BadKey as error:
         raise ValueError(f"{path}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
 
 
-class RepeatedKey(ValueError):
-    """A key stands twice in an object, of which json would keep the last alone."""
+class BadKey(ValueError):
+    """A key stands twice in an object, of which json would keep the last alone, or cannot be printed."""
 
 
-def without_repeated_keys(members: list[tuple[str, object]]) -> dict:
-    """Return a JSON object of these members; raise RepeatedKey if they hold one."""
+def with_good_keys(members: list[tuple[str, object]]) -> dict:
+    """Return a JSON object of these members; raise BadKey if it has one."""
     found = dict(members)
     if len(found) < len(members):
         keys = [key for key, _ in members]
-        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+        raise BadKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+    for key in found:
+        if LONE_SURROGATE.search(key):
+            raise BadKey(f"the key {key!r} holds half a character")
     return found
 
 

@@ -57,11 +57,13 @@ def sample_of(line: str, where: str) -> Sample:
             raise ValueError(f"{where}: {error}") from None
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{where}: not JSON") from None
     headline, story, finished = fields.get("headline"), fields.get("story"), fields.get("finished", True)
     if not (isinstance(headline, str) and isinstance(story, str) and isinstance(finished, bool)):
         raise ValueError(f"{where}: expected headline and story, both strings, and finished, true or false")
+    if answers.LONE_SURROGATE.search(headline + story):
+        raise ValueError(f"{where}: headline or story holds half a character (a lone surrogate)")
     return Sample(bulletins.Bulletin(headline, story), finished)
 
 

@@ -32,15 +32,15 @@ def print_table(rows: list[list]) -> None:
 
 
 def print_json(report: dict) -> None:
-    """Print a report as JSON, with null for what cannot be computed (nan)."""
-    def without_nan(value):
+    """Print a report as JSON, with null for what cannot be computed (nan) or is too large for a number (inf)."""
+    def finite(value):
         if isinstance(value, dict):
-            return {key: without_nan(item) for key, item in value.items()}
+            return {key: finite(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [without_nan(item) for item in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    print(json.dumps(without_nan(report), indent=1, ensure_ascii=False))
+    print(json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 # ---------------------------------------------------------------- a judge's answers
@@ -123,7 +123,8 @@ def plot_means(report: dict, path: Path) -> None:
         axes.plot([summary["worst_low"], summary["worst_high"]], [row, row], color="lightgrey", linewidth=6)
         axes.plot([summary["low"], summary["high"]], [row, row], color="tab:blue")
         axes.plot(summary["mean"], row, "o", color="tab:blue")
-    axes.set_yticks(range(len(names)), [f"{name} (n = {summary['n_scored']})" for name, summary in names.items()])
+    axes.set_yticks(range(len(names)), [f"{name} (n = {summary['n_scored']})" for name, summary in names.items()],
+                    parse_math=False)              # a name may hold dollar signs
     axes.invert_yaxis()
     axes.set_xlim(LOWEST, HIGHEST + 0.05)
     axes.set_xlabel("mean score and 95% interval" + ("; grey: whatever the answers without a score were"

@@ -413,15 +413,17 @@ def test_report_command(tmp_path):
 
 
 def test_report_of_one_name_with_one_answer(tmp_path):
-    path = write_judgements(tmp_path, {"a": answers_of(4)})
+    path = write_judgements(tmp_path, {r"a$\frac$": answers_of(4)})
     report = json.loads(run("report", "--judgements", path, "--json").stdout)
-    assert (report["names"]["a"]["mean"], report["names"]["a"]["low"], report["pairs"]) == (4, None, [])
+    summary, = report["names"].values()
+    assert (summary["mean"], summary["low"], report["pairs"]) == (4, None, [])
     assert evaluate.main(["report", "--judgements", str(path), "--plot", str(tmp_path / "a.svg")]) == 0
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
 @pytest.mark.parametrize("content, part", [
     ("", "not JSON"), ("{", "not JSON"), ('{"a": ["x"], "a": ["y"]}', "the key 'a' is twice"),
+    ("[" * 100_000, "not JSON"), ('{"a": ' * 5000, "not JSON"), ('{"a\\ud800": ["x"]}', r"'a\ud800' holds half a char"),
     ('{"a": ["x"]}\n{"a": ["y"]}', "not JSON"), ('{"a": ["x', "not JSON"),
     ("[1]", "entry 1: expected headline"), ("[]", "no answers"), ("{}", "name: [answer"), ("4", "name: [answer"),
     ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
@@ -604,7 +606,8 @@ def test_quality_says_where_smollm2_is_missing(corpus, monkeypatch, capsys, erro
 
 @pytest.mark.parametrize("content, part", [
     ("", "no bulletins"), ("no separator\n", ":1: expected one"), ('{"headline": "a"}\n', ":1: expected headline"),
-    ("\n{broken\n", ":2: not JSON"), ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"),
+    ("\n{broken\n", ":2: not JSON"), ('{"a": ' * 5000, ":1: not JSON"),
+    ('{"headline": "a", "story": "\\ud800"}\n', ":1: headline or story holds half"), ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"),
     (b"\xff\xfe\n", "not a text file")])
 def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys, content, part):
     path = tmp_path / "samples.txt"
@@ -642,3 +645,16 @@ def test_several_files_are_sources_and_the_whole_is_total_by_total(small, tmp_pa
     assert capsys.readouterr().out.splitlines()[0].split() == ["all", *paths]
     assert evaluate.main(["loss", "--model", str(model), "--data", paths[0], "none.txt"]) == 2
     assert "none.txt: no such file" in capsys.readouterr().err
+
+
+def test_a_loss_beyond_all_numbers_is_reported(small, tmp_path, capsys):
+    model = GPT(Config.load(small / "config.json").model)
+    model.out_head.weight.data *= 1e6
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.model", "config.json"):
+        (tmp_path / name).write_bytes((small / name).read_bytes())
+    command = ["loss", "--model", str(tmp_path), "--data", str(small / "validation.txt")]
+    assert evaluate.main([*command, "--json"]) == evaluate.main(command) == 0
+    as_json, table = capsys.readouterr().out.split("}")
+    loss = json.loads(as_json + "}")
+    assert loss["nats_per_token"] > 1000 and loss["perplexity"] is None and "inf" in table
