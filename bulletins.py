@@ -46,19 +46,30 @@ class Verdict(NamedTuple):
 
 # ---------------------------------------------------------------- parsing: lenient
 
+# What a model puts around its HTML: comments, tokens of its own such as <|eot_id|>, a code fence, the mark of a list.
+NOISE = re.compile(r"<!--[^<>]*-->|<\|[^<>|]*\|>|```\w* ?(?=\n|\Z)|\n ?(?:\d{1,2}[.)]|[-*>]+) ?(?=[<\n]|\Z)")
 OPENING = re.compile(r"<\s*h\s*[1-6]\b[^<>]*>", re.IGNORECASE)
 UNOPENED = re.compile(r"(\A|<\s*/\s*p\s*>)\s*([^<>\n]+<\s*/\s*h?\s*[1-6]\s*>)", re.IGNORECASE)
-UNSLASHED = re.compile(r"(<\s*h\s*1\s*>[^<>]+)<\s*h\s*1\s*>(?=\s*<\s*p\b)", re.IGNORECASE)
-HEADLINE = re.compile(r"\s*(?P<headline>.*?)\s*(?:<\s*/?\s*h?\s*[1-6]?\s*>|(?=<\s*p\b)|\n)(?P<rest>.*)",
-                      re.IGNORECASE | re.DOTALL)
-STORY = re.compile(r"""
-    (?: (?: (?! <\s*/ ) . )*? <\s*p\b[^<>]*> )?         # what comes before the first <p>, if there is one
+UNSLASHED = re.compile(r"(<\s*h\s*[1-6]\s*>[^<>]+)<\s*h\s*[1-6]\s*/?\s*>(?=\s*<\s*p\b)", re.IGNORECASE)
+HEADLINE = re.compile(r"""
+    \s* (?P<headline> .*? ) \s*
+    (?: <\s*/\s*h\s*[1-6] (?= \s*< )                    # ends at a closing tag that lacks its >,
+      | <\s*/?\s* (?: h\s*[1-6il]? | [1-6] )? \s*/?\s*>
+      | (?= <\s*p\b )
+      | \n )
+    (?P<rest> .* )""", re.IGNORECASE | re.DOTALL | re.VERBOSE)
+TYPE_TAGS = "b|i|em|strong|u|a|s|span|mark|small|font"                 # these set type within a line
+STORY = re.compile(rf"""
+    (?: <\s*/ [^<>]*> \s* )*                            # closing tags too many
+    (?: (?: (?! <\s*/ ) [^.!?] )*? <\s*p\b[^<>]*> )?    # what comes before the first <p>, if that is no sentence
     (?P<story> .*? )
     (?: <\s*/\s*p\b[^<>]*(?:>|\Z) (?! \s*<\s*p\b )      # ends at a </p> that no <p> follows,
-      | <\s*/ (?! \s*(?:p|b|i|em|strong)\b )            # at any other closing tag that does not set type,
-      | \n\n (?! \s*<\s*p\b | [^<>\n]+<\s*/\s*p\b )     # at an empty line with no more of the story after it
+      | <\s*/ (?! \s*(?:p|{TYPE_TAGS})\b )              # at any other closing tag that does not set type,
+      | \n\n (?! \s*<\s*p\b | [^<>]+<\s*/\s*p\b )       # at an empty line with no more of the story after it
       | \Z )""", re.IGNORECASE | re.DOTALL | re.VERBOSE)
-STRAY_TAG = re.compile(r"</?\s*(?:h\s*[1-6]|1|p|b|i|em|strong|br|html|body|div)\b\s*/?>", re.IGNORECASE)
+NOTE = re.compile(r"(?:Note|Seed word)s?:.*")
+TYPE_TAG = re.compile(rf"</?\s*(?:{TYPE_TAGS})\b[^<>]*>", re.IGNORECASE)
+STRAY_TAG = re.compile(r"</?\s*(?:h\s*[1-6]|1|p|br|hr|li|html|body|div)\b[^<>]*>", re.IGNORECASE)
 ASCII_PUNCTUATION = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2032": "'",
                                    "\u2010": "-", "\u2011": "-", "\u2012": "-", "\u2013": "-", "\u2014": " - "})
 
@@ -75,20 +86,31 @@ def parse(text: str) -> list[Bulletin]:
     [Bulletin(headline='Cat found', story='It sat. It purred.')]
     """
     text = re.sub(r" ?\n ?", "\n", re.sub(r"[^\S\n]+", " ", text))
-    text = re.sub(r"\n{2,}", "\n\n", text)                # no long runs of space, so that the patterns take linear time
+    text = re.sub(r"\n{2,}", "\n\n", NOISE.sub("\n", text))     # no long runs of space: the patterns take linear time
     text = UNSLASHED.sub(r"\1</h1>", UNOPENED.sub(r"\1<h1>\2", text))
     bulletins = []
     for part in OPENING.split(text)[1:]:
         match = HEADLINE.match(part)
         headline, rest = (match["headline"], match["rest"]) if match else (part, "")
-        bulletins.append(Bulletin(tidy(headline), tidy(STORY.match(rest.strip())["story"])))
+        headline, story = undressed(tidy(headline)), tidy(STORY.match(rest.strip())["story"])
+        bulletins.append(Bulletin(headline, NOTE.sub("", story).removeprefix(f"{headline}: ").rstrip()))
     return [bulletin for bulletin in bulletins if any(bulletin)]
 
 
 def tidy(text: str) -> str:
     """Return text without stray tags and runs of space, its entities and typographic punctuation made plain."""
-    text = html.unescape(STRAY_TAG.sub(" ", text)).translate(ASCII_PUNCTUATION)
+    text = html.unescape(STRAY_TAG.sub(" ", TYPE_TAG.sub("", text))).translate(ASCII_PUNCTUATION)
     return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def undressed(headline: str) -> str:
+    """Return a headline without what may stand around it: a number, asterisks, a colon, quotation marks.
+
+    >>> undressed('1. **"Cat found":**')
+    'Cat found'
+    """
+    headline = re.sub(r"^\d{1,2}[.)] |\*\*|:$", "", headline)
+    return re.sub(r'^"([^"]*)":?$', r"\1", headline)
 
 
 # ---------------------------------------------------------------- rules: strict
@@ -133,9 +155,11 @@ def broken_rule(bulletin: Bulletin) -> str | None:
 
 def judge_answer(answer: dict) -> list[Verdict]:
     """Parse one raw answer and return the verdict on each of its bulletins, repeats not considered."""
-    verdicts = []
-    for bulletin in parse(answer["text"]):
+    verdicts, found = [], parse(answer["text"])
+    for i, bulletin in enumerate(found):
         rule = broken_rule(bulletin)
+        if rule is None and answer.get("finish_reason") == "length" and i == len(found) - 1:
+            rule = "unfinished"                # though it was cut after a full stop
         if rule is None and (answer.get("score") or 0.0) < MIN_SCORE:
             rule = "low_score"
         verdicts.append(Verdict(bulletin, rule, answer["key"]))

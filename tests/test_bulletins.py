@@ -31,6 +31,9 @@ def html_of(bulletin: Bulletin) -> str:
     ("<h1>A</><p>a.</>", [("A", "a.")]),
     ("<h1>A</ h1 ><p>a.</ p >", [("A", "a.")]),
     ("<h1>A<h1><p>a.<p>", [("A", "a.")]),
+    ("<h1>A<h2><p>a.<h1>B<h1/>\n<p>b.", [("A", "a."), ("B", "b.")]),
+    ("<h1>A</h1></h1><p>a.</p><h1><h1>B</h1></h1></p><p>b.</p>", [("A", "a."), ("B", "b.")]),
+    ("<h1>A</h1<p>a.</p><h1>B</hi><p>b.</p>", [("A", "a."), ("B", "b.")]),
     ("<h1>A</h1><p>a.</h1>", [("A", "a.")]),
     ("<h2>A</h2><p>a.</p>", [("A", "a.")]),
     ("<H1>A</H1><P>a.</P>", [("A", "a.")]),
@@ -43,6 +46,8 @@ def html_of(bulletin: Bulletin) -> str:
     ("<h1>A</h1><p>a.</p><p>b.</p>", [("A", "a. b.")]),
     ("<h1>A</h1>\n<p>a.</p>\n\n<p>b.\n\n<p>c.", [("A", "a. b. c.")]),
     ("<h1>A</h1><p>a.\n\nb.</p>", [("A", "a. b.")]),
+    ("<h1>A</h1><p>a.\n\nb.\n\nc.</p>", [("A", "a. b. c.")]),
+    ("<h1>A</h1>a.<p>b.</p><h1>B</h1>\nb.<p>\n", [("A", "a. b."), ("B", "b.")]),
     ("<h1>A</h1><p>a.<br/>b.<br>c.</p>", [("A", "a. b. c.")]),
     # notes, and tags about type
     ("Sure! Here they are:\n\n<h1>A</h1><p>a.</p>", [("A", "a.")]),
@@ -50,7 +55,18 @@ def html_of(bulletin: Bulletin) -> str:
     ("<h1>A</h1><p>a.\n\nNote: every story has five sentences.", [("A", "a.")]),
     ("<h1>A</h1>a.</p> Note: no names.", [("A", "a.")]),
     ("```html\n<html><body><h1>A</h1><p>a.</p></body></html>\n```", [("A", "a.")]),
-    ("<h1><b>A</b></h1><p>The <b>big</b> a. <em>b</em>.</p>", [("A", "The big a. b .")]),
+    ("<h1><b>A</b></h1><p>The <b>big</b> a. <em>b</em>.</p>", [("A", "The big a. b.")]),
+    ("<h1>A <u>b</u></h1><p>The <span class='x'>big</span> <mark>a</mark>.</p>", [("A b", "The big a.")]),
+    ("<h1>A</h1><p>a.\n\nNote: every story has five sentences. Seed words: x, y.</p>", [("A", "a.")]),
+    ("<h1>A</h1><p>a.</p><p>Seed word: goat.</p>", [("A", "a.")]),
+    ("<h1>A</h1><p>He left a note: a.</p>", [("A", "He left a note: a.")]),
+    # what a model puts around its HTML
+    ("1. <h1>A</h1><p>a.\n2. <h1>B</h1><p>b.\n3. ", [("A", "a."), ("B", "b.")]),
+    ("```html\n<h1>A</h1>\n<p>a.\n```\n```\n<h1>B</h1>\n<p>b.\n```", [("A", "a."), ("B", "b.")]),
+    ("<h1>A</h1><p>a.<|eot_id|>", [("A", "a.")]),
+    ("- <h1>A</h1>\n- <p>a.\n---\n<li><h1>B</h1><p>b.<!-- end --><hr>", [("A", "a."), ("B", "b.")]),
+    ("<h1>1. A</h1><p>a.</p><h1>2) **\"B\"**</h1><p>b.</p>", [("A", "a."), ("B", "b.")]),
+    ("<h1>A:</h1><p>A: b.</p><h1>\"B\" or \"C\"</h1><p>b.</p>", [("A", "b."), ('"B" or "C"', "b.")]),
     # an opening tag is missing: no story is taken into the one before
     ("<h1>A</h1><p>a.</p>\nB</h1><p>b.</p>", [("A", "a."), ("B", "b.")]),
     ("<h1>A</h1><p>a.</p>\n**B**\n<p>b.</p><h1>C</h1><p>c.</p>", [("A", "a."), ("C", "c.")]),
@@ -150,6 +166,14 @@ def test_low_score(score, rule):
     assert [v.rule for v in bulletins.judge_answer(answer)] == [rule]
     del answer["score"]
     assert [v.rule for v in bulletins.judge_answer(answer)] == [None]
+
+
+def test_the_last_bulletin_of_a_cut_answer_is_unfinished_even_after_a_full_stop():
+    other = Bulletin("Storm shuts a school in a river town", STORY)
+    answer = {"key": "0/0", "text": html_of(GOOD) + f"<h1>{other.headline}</h1><p>{STORY}", "finish_reason": "length"}
+    assert [v.rule for v in bulletins.judge_answer(answer)] == [None, "unfinished"]
+    answer["finish_reason"] = "stop"
+    assert [v.rule for v in bulletins.judge_answer(answer)] == [None, None]
 
 
 def test_repeated_headlines_and_stories_count_once():
