@@ -8,8 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -83,8 +81,7 @@ def clean(raw: Iterable[dict], n_jobs: int = 1, published: Iterable[str] = ()) -
     Judging is spread over processes; what depends on order is done in this one.
     """
     acceptance, finder, standing = Acceptance(), TwinFinder(), set()
-    with cli.start_workers(n_jobs) if n_jobs > 1 else nullcontext() as pool:
-        spread = partial(pool.imap, chunksize=256) if pool else map
+    with cli.start_workers(n_jobs, chunk_size=256) as spread:
         for bulletin, sketch in spread(sketch_line, published):
             standing.add(digests_of(bulletin))
             acceptance.remember(bulletin)
@@ -144,7 +141,7 @@ def write_splits(raw: Path, out: Path, n_jobs: int, train: TextIO, validation: T
     counts, rejected = Counter(), Counter()
     published = {split: corpus.published_files(out, split) for split in ("train", "validation")}
     for split, file in (("train", train), ("validation", validation)):
-        file.writelines(line + "\n" for line in count_items(corpus.lines_of(published[split]), counts, split))
+        file.writelines(line + "\n" for line in count_items(published_lines(published[split]), counts, split))
     counts["only_published"] = counts["train"] + counts["validation"]
     standing = corpus.lines_of([*published["train"], *published["validation"]])
     for verdict in clean(count_items(answers.read_answers(raw), counts, "answers"), n_jobs, standing):
@@ -162,6 +159,17 @@ def write_splits(raw: Path, out: Path, n_jobs: int, train: TextIO, validation: T
             (validation if is_validation else train).write(line_of(verdict.bulletin) + "\n")
     return {**{name: counts[name] for name in ("answers", "bulletins", "train", "validation", "only_published")},
             "rejected": dict(rejected.most_common())}
+
+
+def published_lines(paths: list[Path]) -> Iterator[str]:
+    """Yield the lines of published files; raise ValueError naming the one that holds no bulletin."""
+    for path in paths:
+        for number, line in enumerate(corpus.lines_of([path]), 1):
+            try:
+                bulletin_of(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: bulletin {number}: {error}") from None
+            yield line
 
 
 def count_items(items: Iterable, counts: Counter, name: str) -> Iterator:

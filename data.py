@@ -10,7 +10,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -230,9 +229,9 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
     lengths, facts = [], {"n_too_long": 0, "n_malformed": 0, "n_bytes": 0, "n_unknown": 0}
     partial = stem.with_suffix(f".{os.getpid()}.partial")                  # another process may encode the same text
     try:
-        with partial.open("wb") as out, start_workers(os.cpu_count()) if is_large else nullcontext() as pool:
+        with partial.open("wb") as out, start_workers(os.cpu_count() if is_large else 1) as spread:
             bar = tqdm(desc=f"encoding {paths[0].parent.name}/{paths[0].name}", unit="bulletin", disable=None)
-            for encoded in (pool.imap if pool else map)(encode_lines, tasks_of(paths, proto)):
+            for encoded in spread(encode_lines, tasks_of(paths, proto)):
                 for ids, n_bytes in encoded:
                     if not ids:
                         facts["n_malformed"] += 1

@@ -213,6 +213,15 @@ def test_answers_that_come_while_a_corpus_is_published_are_not_forgotten(tmp_pat
     assert cleaning.write_corpus(raw, out, n_jobs=1)["answers"] == 60
 
 
+def test_a_published_line_that_is_no_bulletin_is_named(tmp_path, texts):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    write_raw(raw, texts[:50])
+    publish(raw, out, 1000)
+    (out / "train-001.txt.xz").write_bytes(lzma.compress(b"good </h> one.\nno separator\n"))
+    with pytest.raises(ValueError, match=r"train-001.txt.xz: bulletin 2: expected one"):
+        cleaning.write_corpus(raw, out, n_jobs=1)
+
+
 def test_half_an_emoji_falls_to_a_rule_beside_a_published_corpus_too(tmp_path, texts):
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_raw(raw, texts[:20])
