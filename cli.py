@@ -1,15 +1,14 @@
 """What every command does the same way: exit codes, stopping by Ctrl-C or SIGTERM, locking a folder, processes."""
 import argparse
-import multiprocessing
 import signal
 import sys
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
@@ -75,71 +74,41 @@ def hold(folder: Path) -> IO | None:
 def start_workers(n_jobs: int, chunk_size: int = 1) -> Iterator[Callable[[Callable, Iterable], Iterable]]:
     """Yield a map() whose calls are spread over processes, chunk_size at a time; for one job, Python's own.
 
-    Results come in order. A process gets its next chunk when its last one is taken, so that memory does not grow with
-    the input where results are taken slowly. Raises ChildProcessError if a process is killed.
+    Results come in order. Only a few chunks are read ahead, so that memory does not grow with the input where results
+    are taken slowly. Raises ChildProcessError if a process is killed.
     """
     if n_jobs == 1:
         yield map
         return
-    workers = []
+    pool = ProcessPoolExecutor(n_jobs, initializer=restore_signals)
     # In run() both signals raise KeyboardInterrupt; a worker forked there could print that, or swallow it and never
-    # end. So both are blocked until it has handlers of its own.
+    # end. So both are blocked while the processes start, until they have handlers of their own.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
-        for _ in range(n_jobs):
-            ours, theirs = multiprocessing.Pipe()
-            workers.append((multiprocessing.Process(target=work, args=(ours, theirs), daemon=True), ours))
-            workers[-1][0].start()
-            theirs.close()                     # else the end of the worker would not be seen here
+        pool.submit(int)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
     try:
-        yield partial(spread, [ours for _, ours in workers], chunk_size)
+        yield partial(spread, pool, 2 * n_jobs, chunk_size)
+    except BrokenProcessPool:
+        raise ChildProcessError("a worker process was killed; was memory short?") from None
     finally:
-        for process, ours in workers:
-            process.terminate()
-            process.join()
-            ours.close()
+        pool.shutdown(cancel_futures=True)
 
 
-def spread(workers: list[Connection], chunk_size: int, function: Callable, items: Iterable) -> Iterator:
-    """Yield function(item) for every item, in order: the workers get their chunks, and give results, in turn."""
-    items, busy = iter(items), deque()
-    chunks = iter(lambda: list(islice(items, chunk_size)), [])
-
-    def give(worker: Connection) -> None:
-        if chunk := next(chunks, None):
-            busy.append(worker)
-            with suppress(ConnectionError):    # it has been killed, as recv() will tell
-                worker.send((function, chunk))
-
-    for worker in workers:
-        give(worker)
-    while busy:
-        worker = busy.popleft()
-        try:
-            results = worker.recv()
-        except (EOFError, OSError):
-            raise ChildProcessError("a worker process was killed; if memory is short, use fewer processes") from None
-        if isinstance(results, Exception):
-            raise results
-        give(worker)
-        yield from results
+def spread(pool: ProcessPoolExecutor, n_ahead: int, chunk_size: int, function: Callable, items: Iterable) -> Iterator:
+    """Yield function(item) for every item, in order, with n_ahead chunks of items given to the pool at a time."""
+    items, given = iter(items), deque()
+    while True:
+        while len(given) < n_ahead and (chunk := list(islice(items, chunk_size))):
+            given.append(pool.submit(apply, function, chunk))
+        if not given:
+            return
+        yield from given.popleft().result()
 
 
-def work(parents_end: Connection, connection: Connection) -> None:
-    """Answer chunk after chunk, in a process of its own, until the parent ends this process or is gone."""
-    parents_end.close()                        # else this process would keep it open itself
-    restore_signals()
-    with suppress(EOFError, ConnectionError):
-        while True:
-            function, chunk = connection.recv()
-            try:
-                results = [function(item) for item in chunk]
-            except Exception as error:
-                error.add_note(traceback.format_exc())         # pickling drops where it arose
-                results = error
-            connection.send(results)
+def apply(function: Callable, chunk: list) -> list:
+    return [function(item) for item in chunk]
 
 
 def restore_signals() -> None:

@@ -34,7 +34,7 @@ def test_little_is_read_before_it_is_needed():
     numbers = count()
     with cli.start_workers(2, chunk_size=3) as spread:
         assert next(iter(spread(double, numbers))) == 0
-        assert next(numbers) == 9                  # a chunk taken, and one for each process
+        assert next(numbers) == 12                 # two chunks for each process
     assert multiprocessing.active_children() == []
 
 
