@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -25,7 +26,6 @@ from files import sha256_of, write_beside
 
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
-SORTED_BATCHES = 64           # batches whose bulletins are sorted by length together: more pads less and mixes less
 CACHE_VERSION = 2             # of the files in .tokens/
 MAX_UNKNOWN = 0.01            # share of unknown tokens above which a text is not for this tokenizer
 LINES_A_TASK = 2000           # lines that a process encodes at once
@@ -131,6 +131,16 @@ def bulletin_of_ids(tokenizer: sentencepiece.SentencePieceProcessor, ids: list[i
 # ---------------------------------------------------------------- encoding
 
 
+class Batch(NamedTuple):
+    """Bulletins side by side: inputs [B, T], targets [B, T] one token on, and the number of tokens of each [B].
+
+    A row ends in padding, whose targets are IGNORED; so are those that the tokenizer does not know.
+    """
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    n_tokens: np.ndarray
+
+
 class Tokens:
     """The bulletins of one split as ids, each `bos + headline </h> story + eos`, memory-mapped.
 
@@ -156,8 +166,8 @@ class Tokens:
         self._storage = self._storage.to(device)
         return self
 
-    def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets [B, T] of some bulletins: the targets are one token on, with id 0 IGNORED."""
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return some bulletins side by side."""
         device = self._storage.device
         where = torch.from_numpy(np.stack([self.offsets[indices], self.lengths[indices]]))           # (2, B)
         starts, lengths = send(where, device)[:, :, None]                                            # 2 x (B, 1)
@@ -165,7 +175,8 @@ class Tokens:
         is_real = columns < lengths                                                                  # (B, T + 1)
         rows = torch.where(is_real, self._storage[torch.where(is_real, starts + columns, 0)].long() & 0xFFFF, 0)
         inputs, targets = rows[:, :-1], rows[:, 1:]
-        return inputs, targets.masked_fill(targets == 0, IGNORED)    # padding, and what the tokenizer does not know
+        targets = targets.masked_fill(targets == 0, IGNORED)         # padding, and what the tokenizer does not know
+        return Batch(inputs, targets, self.lengths[indices] - 1)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -266,21 +277,14 @@ def load_split(folder: Path, split: str, tokenizer_path: Path, context_length: i
 # ---------------------------------------------------------------- batches
 
 
-def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the bulletins of each batch of an epoch: every bulletin once, those of a batch of near-equal length.
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the bulletins of each batch of an epoch, each of the n once, in an order drawn at random.
 
-    The corpus is shuffled, sorted by length within windows of SORTED_BATCHES batches, and cut; then the batches are
-    shuffled. Only the last window may end in a batch that is not full. A function of its arguments alone, so that a
-    resumed run finds the same batches.
+    Only the last batch may not be full. A function of its arguments alone, so that a resumed run finds the same
+    batches.
     """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    batches = []
-    for start in range(0, len(order), SORTED_BATCHES * batch_size):
-        window = order[start:start + SORTED_BATCHES * batch_size]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        batches += [window[i:i + batch_size] for i in range(0, len(window), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    return np.split(order, range(batch_size, n, batch_size))
 
 
 @torch.inference_mode()
@@ -295,7 +299,7 @@ def bulletin_losses(model, tokens: Tokens, batch_size: int = 8) -> tuple[np.ndar
     tokens.to(next(model.parameters()).device)
     for start in tqdm(range(0, len(order), batch_size), desc="evaluating", unit="batch", leave=False, disable=None):
         indices = order[start:start + batch_size]
-        inputs, targets = tokens.batch(indices)
+        inputs, targets, _ = tokens.batch(indices)
         nll = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         nats[indices] = nll.view(targets.shape).cpu().sum(1, dtype=torch.float64)        # (B, T) -> (B,)
         n_targets[indices] = (targets != IGNORED).sum(1).cpu()

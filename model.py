@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save
 import generation
 from config import Config, ModelConfig
 from files import write_beside, write_json
-from generation import KVCache
 
-# Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
+# Axes: B batch, T tokens, N real tokens (of the B * T), C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
 PAD, BOS, EOS, SEPARATOR_ID = range(4)       # ids of the special tokens; padding shares the id of <unk>
 
@@ -44,15 +43,13 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(config.d_embedding, 3 * config.d_embedding, bias=config.qkv_bias)
         self.proj = nn.Linear(config.d_embedding, config.d_embedding)
 
-    def forward(self, x: torch.Tensor, layer: int, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
-        n_rows, n_tokens, d_embedding = x.shape
-        qkv = self.qkv(x).view(n_rows, n_tokens, 3, self.n_heads, d_embedding // self.n_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                       # (B, T, 3, H, D) -> 3 x (B, H, T, D)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)                       # (B, H, T, D) -> (B, H, S, D)
-        is_causal = mask is None and (cache is None or n_tokens > 1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))       # (B, H, T, D) -> (B, T, C)
+    def forward(self, x: torch.Tensor, shape: tuple[int, int], places: torch.Tensor | None) -> torch.Tensor:
+        qkv = self.qkv(x)                                          # (N, C) -> (N, 3C)
+        if places is not None:
+            qkv = qkv.new_zeros(shape[0] * shape[1], qkv.shape[1]).index_copy_(0, places, qkv)
+        q, k, v = qkv.view(*shape, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)      # -> 3 x (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(*shape, -1)
+        return self.proj(y if places is None else y.flatten(0, 1).index_select(0, places))
 
 
 class FeedForward(nn.Module):
@@ -73,8 +70,8 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(config.d_embedding)
         self.norm2 = LayerNorm(config.d_embedding)
 
-    def forward(self, x: torch.Tensor, layer: int, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self.att(self.norm1(x), layer, cache, mask)
+    def forward(self, x: torch.Tensor, shape: tuple[int, int], places: torch.Tensor | None) -> torch.Tensor:
+        x = x + self.att(self.norm1(x), shape, places)
         return x + self.ff(self.norm2(x))
 
 
@@ -97,20 +94,21 @@ class GPT(nn.Module):
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None, cache: KVCache | None = None,
-               mask: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         """Return the states that the output head reads, [B, T, C], for ids [B, T].
 
-        positions [B, T]: where the tokens stand; counted from 0 if None. mask [B, 1, T, S]: what each token may look
-        at; itself and every token before it if None. Raises ValueError if the tokens do not fit the context.
+        With places [N], those of the real tokens among the B * T, the states are of these alone, [N, C]: padding is
+        then only in the attention. Raises ValueError if the tokens do not fit the context.
         """
-        if positions is None:
-            if ids.shape[1] > self.config.context_length:
-                raise ValueError(f"{ids.shape[1]} tokens do not fit the context of {self.config.context_length}")
-            positions = torch.arange(ids.shape[1], device=ids.device)
+        if ids.shape[1] > self.config.context_length:
+            raise ValueError(f"{ids.shape[1]} tokens do not fit the context of {self.config.context_length}")
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        shape = ids.shape
+        if places is not None:
+            ids, positions = ids.flatten()[places], places % ids.shape[1]
         x = self.tok_emb(ids) + self.pos_emb(positions)            # (B, T) -> (B, T, C)
-        for layer, block in enumerate(self.trf_blocks):
-            x = block(x, layer, cache, mask)
+        for block in self.trf_blocks:
+            x = block(x, shape, places)
         return self.final_norm(x)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -11,11 +11,11 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig
-from data import IGNORED, send
+from data import IGNORED, Batch, send
 from model import EOS, GPT
 from muon import Muon
 
-# Axes: B batch, T tokens, N = B * T, C d_embedding, V vocabulary (or, with candidates, those alone)
+# Axes: B batch, T tokens, N real tokens (of the B * T), C d_embedding, V vocabulary (or, with candidates, those alone)
 
 MAX_GRAD_NORM = 1.0
 COOLDOWN = 0.3                # share of a run in which the schedule "wsd" falls, after it was constant
@@ -137,18 +137,19 @@ class HeadLoss(torch.autograd.Function):
 class NextTokenLoss(nn.Module):
     """A model with its loss: inputs and targets [B, T] in, summed nats over the targets out.
 
-    With what Candidates.draw returned, the pieces that are not candidates are left out of the softmax.
+    places [N] are those of the real tokens among the B * T; the padding costs next to nothing. With what
+    Candidates.draw returned, the pieces that are not candidates are left out of the softmax.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, pieces: torch.Tensor | None = None,
-                log_weights: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, places: torch.Tensor,
+                pieces: torch.Tensor | None = None, log_weights: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            states = self.model.hidden(inputs).flatten(0, 1)                            # (B, T) -> (N, C)
-        head, targets = self.model.out_head.weight, targets.flatten()
+            states = self.model.hidden(inputs, places)                                  # (B, T) -> (N, C)
+        head, targets = self.model.out_head.weight, targets.flatten()[places]           # (B, T) -> (N,)
         if pieces is not None:
             place = torch.empty(len(head), dtype=torch.long, device=head.device)
             place[pieces] = torch.arange(len(pieces), device=head.device)
@@ -217,32 +218,38 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 # ---------------------------------------------------------------- step
 
 
-def part_of(batch: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Return some rows of a batch [B, T] as a tensor of its own: compiled code depends on what a view is cut from."""
-    return batch[rows].clone(memory_format=torch.contiguous_format)
+def part_of(batch: Batch, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what the loss takes for some rows of a batch: their inputs and targets [B, T], and their places [N].
+
+    Not as views, since compiled code depends on what a view is cut from.
+    """
+    inputs, targets = (tokens[rows].clone(memory_format=torch.contiguous_format) for tokens in batch[:2])
+    is_real = np.arange(inputs.shape[1]) < batch.n_tokens[rows, None]                   # (B, T)
+    return inputs, targets, send(torch.from_numpy(np.flatnonzero(is_real)), inputs.device)
 
 
-def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], inputs: torch.Tensor, targets: torch.Tensor,
-               lr: float, rank: int = 0, n_ranks: int = 1, micro_batch_size: int | None = None,
+def train_step(loss: nn.Module, optimizers: list[torch.optim.Optimizer], batch: Batch, lr: float, rank: int = 0,
+               n_ranks: int = 1, micro_batch_size: int | None = None,
                candidates: tuple[torch.Tensor, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make one update on inputs and targets [B, T] and return (summed nats of this rank's rows, gradient norm).
+    """Make one update on a batch and return (summed nats of this rank's rows, gradient norm).
 
     loss: a NextTokenLoss, perhaps compiled or within DistributedDataParallel. Of n_ranks processes, each takes every
     n_ranks-th row, micro_batch_size rows at once. The update is that of the mean over all targets of the batch,
     whichever rank and micro-batch they are in; the norm is the one before clipping.
     """
-    weight = n_ranks / (targets != IGNORED).sum()             # DistributedDataParallel takes the mean over ranks
-    if rank < len(inputs):
-        inputs, targets = inputs[rank::n_ranks], targets[rank::n_ranks]
+    weight = n_ranks / (batch.targets != IGNORED).sum()       # DistributedDataParallel takes the mean over ranks
+    if rank < len(batch.inputs):
+        batch = Batch(*(rows[rank::n_ranks] for rows in batch))
     else:                                                     # fewer rows than ranks: this one only takes part
-        inputs, targets = inputs[:1], torch.full_like(targets[:1], IGNORED)
-    nats = torch.zeros((), device=inputs.device)
-    size = micro_batch_size or len(inputs)
-    for start in range(0, len(inputs), size):
-        is_last = start + size >= len(inputs)
+        batch = Batch(*(rows[:1] for rows in batch))
+        batch = batch._replace(targets=torch.full_like(batch.targets, IGNORED))
+    nats = torch.zeros((), device=batch.inputs.device)
+    n_rows = len(batch.inputs)
+    size = micro_batch_size or n_rows
+    for start in range(0, n_rows, size):
+        is_last = start + size >= n_rows
         with nullcontext() if is_last or not isinstance(loss, DistributedDataParallel) else loss.no_sync():
-            rows = slice(start, start + size)
-            part = loss(part_of(inputs, rows), part_of(targets, rows), *candidates)
+            part = loss(*part_of(batch, slice(start, start + size)), *candidates)
             (part * weight).backward()
         nats += part.detach()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

@@ -16,7 +16,7 @@ import torch
 
 import cli
 from config import Config
-from data import Tokens, epoch_batches, load_split, load_tokenizer
+from data import Batch, Tokens, epoch_batches, load_split, load_tokenizer
 from devices import Ranks, compile_loss, pays_to_compile, pick_device
 from files import sha256_of, write_beside
 from model import GPT
@@ -25,7 +25,7 @@ from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, part_
 from record import read_log
 
 CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_VERSION = 3        # of what a step computes: a checkpoint of another version would end in other bytes
+CHECKPOINT_VERSION = 4        # of what a step computes: a checkpoint of another version would end in other bytes
 
 
 def held_in(out: Path) -> str | None:
@@ -96,19 +96,18 @@ class Run:
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the bulletins of each batch of an epoch, as indices."""
-        return epoch_batches(self.train.lengths, self.config.train.batch_size, self.config.train.seed, epoch)
+        return epoch_batches(len(self.train), self.config.train.batch_size, self.config.train.seed, epoch)
 
-    def remaining_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Yield inputs and targets [B, T] and the number of tokens of each batch from the next step on, without end."""
+    def remaining_batches(self) -> Iterator[Batch]:
+        """Yield each batch from the next step on, without end."""
         while True:
             epoch, position = divmod(self.step, self.steps_an_epoch)
-            for indices in self.batches(epoch)[position:]:
-                yield *self.train.batch(indices), int(self.train.lengths[indices].sum()) - len(indices)
+            yield from map(self.train.batch, self.batches(epoch)[position:])
 
     def _read(self, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """Return what the loss takes for some bulletins: inputs and targets [B, T], and candidates if there are any."""
-        inputs, targets = (part_of(part, slice(None)) for part in self.train.batch(rows))
-        return inputs, targets, *self.candidates.draw(targets, 0)
+        """Return what the loss takes for some bulletins."""
+        batch = self.train.batch(rows)
+        return *part_of(batch), *self.candidates.draw(batch.targets, 0)
 
     def _parts(self) -> Iterator[np.ndarray]:
         """Yield what this process reads at once in the first epoch, as indices of bulletins."""

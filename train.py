@@ -46,15 +46,15 @@ def loop(run: Run, loss: Callable, board: Board) -> None:
     bar = tqdm(total=run.n_steps, initial=run.step, unit="step", smoothing=0.05,
                disable=None if ranks.is_first else True)
     with cli.StopSignal() as stop, bar:
-        for inputs, targets, n_tokens in run.remaining_batches():
+        for batch in run.remaining_batches():
             schedule_step, is_evaluation = next_in_schedule(run)
             lr = learning_rate(schedule_step, run.n_steps, run.config.train)
-            nats, grad_norm = train_step(loss, run.optimizers, inputs, targets, lr, ranks.rank, ranks.n,
-                                         args.micro_batch_size, run.candidates.draw(targets, run.step))
+            nats, grad_norm = train_step(loss, run.optimizers, batch, lr, ranks.rank, ranks.n, args.micro_batch_size,
+                                         run.candidates.draw(batch.targets, run.step))
             run.step += 1
-            run.n_tokens += n_tokens
+            run.n_tokens += int(batch.n_tokens.sum())
             run.tally[0] += nats
-            run.tally[1] += (targets[ranks.rank::ranks.n] != IGNORED).sum()
+            run.tally[1] += (batch.targets[ranks.rank::ranks.n] != IGNORED).sum()
             run.elapsed_s = time.perf_counter() - started
             bar.update()
             if not bar.disable and run.step % 20 == 0:

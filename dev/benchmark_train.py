@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from config import Config
-from data import IGNORED, Tokens, load_split
+from data import IGNORED, Tokens, epoch_batches, load_split
 from devices import compile_loss, pick_device
 from model import GPT
 from precision import faster_dtype
@@ -41,25 +41,22 @@ def steps_of(config: Config, tokens: Tokens, device: torch.device, args: argpars
         raise ValueError(f"--steps {args.steps}: take {args.steps * batch_size:,} bulletins, but the corpus has "
                          f"{len(tokens):,}")
     tokens.to(device)
-    chosen = np.random.default_rng(0).permutation(len(tokens))[:args.steps * batch_size]
-    by_length = chosen[np.argsort(tokens.lengths[chosen])].reshape(args.steps, batch_size)
-    as_they_come = chosen.reshape(args.steps, batch_size)
-    ways = {"plain": (plain_steps(new_model(config, tokens, device), config, tokens), as_they_come),
-            "ours": (our_steps(new_model(config, tokens, device), config, tokens, device), by_length)}
+    batches = epoch_batches(len(tokens), batch_size, seed=0, epoch=0)[:args.steps]
+    ways = {"plain": plain_steps(new_model(config, tokens, device), config, tokens),
+            "ours": our_steps(new_model(config, tokens, device), config, tokens, device)}
     if args.compile:
-        model = new_model(config, tokens, device)
-        ways["ours, compiled"] = our_steps(model, config, tokens, device, is_compiled=True), by_length
+        ways["ours, compiled"] = our_steps(new_model(config, tokens, device), config, tokens, device, is_compiled=True)
     best = dict.fromkeys(ways, float("inf"))
-    for way, (step, batches) in ways.items():
+    for step in ways.values():
         step(batches[0], LR), step(batches[-1], LR)               # warm up, compile
     for _ in range(args.rounds):
-        for way, (step, batches) in ways.items():
+        for way, step in ways.items():
             started = time.perf_counter()
             for indices in batches:
                 nats = step(indices, LR)
             nats.item()                                           # waits for a GPU
             best[way] = min(best[way], time.perf_counter() - started)
-    n_tokens = int(tokens.lengths[chosen].sum()) - len(chosen)
+    n_tokens = sum(int(tokens.lengths[batch].sum()) - batch_size for batch in batches)
     figures = {f"{way}: steps/s": round(args.steps / s, 2) for way, s in best.items()}
     figures |= {f"{way}: tokens/s": round(n_tokens / s) for way, s in best.items()}
     return figures | {f"{way}: times plain": round(best["plain"] / s, 2) for way, s in best.items() if way != "plain"}
@@ -79,8 +76,8 @@ def our_steps(model: GPT, config: Config, tokens: Tokens, device: torch.device, 
     candidates = Candidates(config.train, config.model.vocab_size, tokens.ids)
 
     def step(indices: np.ndarray, lr: float) -> torch.Tensor:
-        inputs, targets = tokens.batch(indices)
-        return train_step(loss, optimizers, inputs, targets, lr, candidates=candidates.draw(targets, 0))[0]
+        batch = tokens.batch(indices)
+        return train_step(loss, optimizers, batch, lr, candidates=candidates.draw(batch.targets, 0))[0]
 
     return step
 
@@ -93,7 +90,7 @@ def plain_steps(model: GPT, config: Config, tokens: Tokens) -> Callable:
         return torch.stack([p.grad.norm() for p in model.parameters()]).norm()
 
     def step(indices: np.ndarray, lr: float) -> torch.Tensor:
-        inputs, targets = tokens.batch(indices)
+        inputs, targets, _ = tokens.batch(indices)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()

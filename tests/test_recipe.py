@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import devices
 import recipe
 from config import ModelConfig, TrainConfig
-from data import IGNORED
+from data import IGNORED, Batch
 from model import GPT
 from muon import Muon
 
@@ -21,13 +21,12 @@ TEXT = np.random.default_rng(0).zipf(1.3, 4000).clip(max=60).astype(np.uint16) +
 TRAIN = TrainConfig(peak_lr=0.01, warmup_ratio=0.1, n_epochs=1, batch_size=4, weight_decay=0.1)
 
 
-def batch(n_rows: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [n_rows, 12], the rows of different lengths."""
+def batch(n_rows: int = 5, seed: int = 0) -> Batch:
+    """Rows of 12, 10, 8 ... tokens."""
     ids = torch.randint(4, 64, (n_rows, 13), generator=torch.Generator().manual_seed(seed))
-    targets = ids[:, 1:].clone()
-    for row in range(1, n_rows):
-        targets[row, -2 * row:] = IGNORED
-    return ids[:, :-1], targets
+    n_tokens = 12 - 2 * np.arange(n_rows)
+    is_padding = torch.arange(12) >= torch.from_numpy(n_tokens)[:, None]
+    return Batch(ids[:, :-1], ids[:, 1:].masked_fill(is_padding, IGNORED), n_tokens)
 
 
 def new(train: TrainConfig = TRAIN) -> tuple[GPT, recipe.NextTokenLoss, list[torch.optim.Optimizer]]:
@@ -40,20 +39,20 @@ def weights_after(train: TrainConfig = TRAIN, n_steps: int = 4, **options) -> to
     model, loss, optimizers = new(train)
     candidates = recipe.Candidates(train, MODEL.vocab_size, TEXT)
     for step in range(1, n_steps + 1):
-        inputs, targets = batch(seed=step)
+        rows = batch(seed=step)
         lr = recipe.learning_rate(step, n_steps, train)
-        recipe.train_step(loss, optimizers, inputs, targets, lr, candidates=candidates.draw(targets, step), **options)
+        recipe.train_step(loss, optimizers, rows, lr, candidates=candidates.draw(rows.targets, step), **options)
     return torch.nn.utils.parameters_to_vector(model.parameters())
 
 
 def test_the_loss_and_its_gradients_are_those_of_cross_entropy():
     model, loss, _ = new()
-    inputs, targets = batch()
-    loss(inputs, targets).mul(0.5).backward()
+    inputs, targets, _ = batch()
+    loss(*recipe.part_of(batch())).mul(0.5).backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     reference = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    assert loss(inputs, targets).item() == pytest.approx(reference.item(), rel=1e-6)
+    assert loss(*recipe.part_of(batch())).item() == pytest.approx(reference.item(), rel=1e-6)
     reference.mul(0.5).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)
@@ -61,7 +60,8 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy():
 
 def test_in_bfloat16_the_loss_is_near():
     model, _, _ = new()
-    whole, half = (recipe.NextTokenLoss(model, dtype)(*batch()) for dtype in (torch.float32, torch.bfloat16))
+    part = recipe.part_of(batch())
+    whole, half = (recipe.NextTokenLoss(model, dtype)(*part) for dtype in (torch.float32, torch.bfloat16))
     assert half.dtype == torch.float32 and half.item() == pytest.approx(whole.item(), rel=0.01)
 
 
@@ -78,9 +78,9 @@ def test_the_mean_over_ranks_is_the_gradient_of_the_whole_batch(n_rows, n_ranks,
     monkeypatch.setattr(recipe.nn.utils, "clip_grad_norm_", lambda ps, norm: grads.append([p.grad.clone() for p in ps]))
     for rank in range(n_ranks):
         _, loss, optimizers = new()
-        nats += recipe.train_step(loss, optimizers, *batch(n_rows), 0.01, rank, n_ranks)[0]
+        nats += recipe.train_step(loss, optimizers, batch(n_rows), 0.01, rank, n_ranks)[0]
     _, loss, optimizers = new()
-    whole, _ = recipe.train_step(loss, optimizers, *batch(n_rows), 0.01)
+    whole, _ = recipe.train_step(loss, optimizers, batch(n_rows), 0.01)
     *parts, expected = grads
     for *of_ranks, of_all in zip(*parts, expected):
         torch.testing.assert_close(torch.stack(of_ranks).mean(0), of_all, rtol=1e-4, atol=1e-6)
@@ -112,7 +112,7 @@ def test_schedules_at_their_corners(schedule, rates):
 def test_small_blocks_start_as_the_identity(init):
     model, _, _ = new(dataclasses.replace(TRAIN, init=init))
     x = torch.randn(2, 3, 16)
-    assert all(torch.equal(block(x, 0, None, None), x) for block in model.trf_blocks)
+    assert all(torch.equal(block(x, (2, 3), None), x) for block in model.trf_blocks)
 
 
 def test_the_first_weights_know_the_bigrams_of_the_text():
@@ -136,7 +136,7 @@ def test_the_first_weights_know_the_bigrams_of_the_text():
 
 def test_candidates_hold_every_target_and_the_softmax_is_right_on_average():
     candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=40), 64, TEXT)
-    _, targets = batch()
+    targets = batch().targets
     logits, sums = torch.randn(64, generator=torch.Generator().manual_seed(0)), []
     for step in range(2000):
         pieces, log_weights = candidates.draw(targets[:1, :4], step)
@@ -149,9 +149,9 @@ def test_candidates_hold_every_target_and_the_softmax_is_right_on_average():
 
 def test_where_all_pieces_are_candidates_the_loss_is_the_whole_one():
     _, loss, _ = new()
-    inputs, targets = batch()
+    part, targets = recipe.part_of(batch()), batch().targets
     candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=64), 64, TEXT)
-    torch.testing.assert_close(loss(inputs, targets, *candidates.draw(targets, 1)), loss(inputs, targets))
+    torch.testing.assert_close(loss(*part, *candidates.draw(targets, 1)), loss(*part))
 
 
 @pytest.mark.parametrize("shape", [(2, 48, 16), (1, 16, 48), (3, 16, 16), (2, 20, 16)])
@@ -199,7 +199,7 @@ def test_a_model_writes_with_its_newest_weights(optimizer):
     model, loss, optimizers = new(dataclasses.replace(TRAIN, optimizer=optimizer))
     for step in range(3):
         for seed in range(20):
-            recipe.train_step(loss, optimizers, *batch(seed=seed), 0.01)
+            recipe.train_step(loss, optimizers, batch(seed=seed), 0.01)
         ids = [5, 6]
         while len(ids) < 12:
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -209,7 +209,7 @@ def test_a_model_writes_with_its_newest_weights(optimizer):
 def test_muon_goes_on_from_its_state():
     def steps(seeds, model, optimizers, loss):
         for seed in seeds:
-            recipe.train_step(loss, optimizers, *batch(seed=seed), 0.01)
+            recipe.train_step(loss, optimizers, batch(seed=seed), 0.01)
     config = dataclasses.replace(TRAIN, optimizer="muon")
     model, loss, optimizers = new(config)
     steps(range(2), model, optimizers, loss)
@@ -230,7 +230,7 @@ def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
         def fail(*batch):
             raise error
         monkeypatch.setattr(devices, "compile_loss", fail)
-        assert not devices.pays_to_compile(loss, batch(), 1000, math.inf, torch.bfloat16)
+        assert not devices.pays_to_compile(loss, recipe.part_of(batch()), 1000, math.inf, torch.bfloat16)
         assert capsys.readouterr().err.endswith(f"not compiled, the run takes longer: {told}\n")
         assert all(p.grad is None for p in loss.parameters())
 
@@ -238,9 +238,10 @@ def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
 def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", None)
     _, loss, _ = new()
-    assert not devices.pays_to_compile(loss, batch(), 1, math.inf, torch.bfloat16)
-    assert not devices.pays_to_compile(loss, batch(), 10**9, math.inf, torch.float32)
-    assert not devices.pays_to_compile(loss, batch(), 10**9, 120, torch.bfloat16) and not capsys.readouterr().err
+    part = recipe.part_of(batch())
+    assert not devices.pays_to_compile(loss, part, 1, math.inf, torch.bfloat16)
+    assert not devices.pays_to_compile(loss, part, 10**9, math.inf, torch.float32)
+    assert not devices.pays_to_compile(loss, part, 10**9, 120, torch.bfloat16) and not capsys.readouterr().err
     assert all(p.grad is None for p in loss.parameters())             # the first step must not find any of a trial
 
 
@@ -258,8 +259,8 @@ def test_compiled_computes_the_same():
     model, loss, _ = new()
     compiled = devices.compile_loss(loss)
     for n_rows in (5, 3):
-        inputs, targets = batch(n_rows)
-        assert compiled(inputs, targets).item() == pytest.approx(loss(inputs, targets).item(), rel=1e-5)
+        part = recipe.part_of(batch(n_rows))
+        assert compiled(*part).item() == pytest.approx(loss(*part).item(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -267,12 +268,13 @@ def test_compiled_gradients_are_the_same_bytes_each_time():
     """On a CPU of two threads, also where a piece comes more than once."""
     _, loss, _ = new()
     ids = torch.randint(4, 64, (256, 13), generator=torch.Generator().manual_seed(0))
+    part = recipe.part_of(Batch(ids[:, :-1], ids[:, 1:], np.full(256, 12)))
     n_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         compiled, seen = devices.compile_loss(loss), set()
         for _ in range(50):
-            compiled(ids[:, :-1], ids[:, 1:]).backward()
+            compiled(*part).backward()
             seen.add(tuple(p.grad.numpy().tobytes() for p in loss.parameters()))
             loss.zero_grad()
     finally:

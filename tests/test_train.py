@@ -23,7 +23,7 @@ import recipe
 import run
 import train
 from config import Config, TrainConfig
-from data import IGNORED, bulletin_losses, load_split
+from data import IGNORED, Batch, bulletin_losses, load_split
 from devices import Ranks
 from model import GPT
 
@@ -43,7 +43,8 @@ def test_the_published_recipe_step_by_step(case):
         rows = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True, padding_value=0)
         targets = torch.nn.utils.rnn.pad_sequence(list(batch), batch_first=True, padding_value=IGNORED)[:, 1:]
         lr = recipe.learning_rate(step, len(batches), config)
-        nats, grad_norm = recipe.train_step(loss, optimizers, rows[:, :-1], targets, lr)
+        n_tokens = np.array([len(document) - 1 for document in batch])
+        nats, grad_norm = recipe.train_step(loss, optimizers, Batch(rows[:, :-1], targets, n_tokens), lr)
         assert lr == pytest.approx(expected["recipe.lrs"][step - 1].item(), rel=1e-5)
         loss_per_token = nats.item() / (targets != IGNORED).sum().item()
         assert loss_per_token == pytest.approx(expected["recipe.losses"][step - 1].item(), abs=1e-4)
@@ -311,7 +312,7 @@ def test_a_compiled_run_that_goes_on_shows_the_compiler_the_same_batches(small, 
         return next_in_schedule(run)
 
     def compile_loss(loss, batches):
-        shown.append([tuple(inputs.shape) for inputs, _ in batches])
+        shown.append([tuple(inputs.shape) for inputs, *_ in batches])
         return loss
 
     monkeypatch.setattr(train, "next_in_schedule", stopped)
@@ -510,5 +511,6 @@ def test_one_batch_overfits(small):
     ids = torch.randint(4, 512, (4, 33), generator=torch.Generator().manual_seed(0))
     recipe.initialise(model, config.train, ids.numpy().ravel())
     loss, optimizers = recipe.NextTokenLoss(model, torch.float32), recipe.make_optimizers(model, config.train)
-    nats = [recipe.train_step(loss, optimizers, ids[:, :-1], ids[:, 1:], 3e-3)[0].item() for _ in range(150)]
+    batch = Batch(ids[:, :-1], ids[:, 1:], np.full(4, 32))
+    nats = [recipe.train_step(loss, optimizers, batch, 3e-3)[0].item() for _ in range(150)]
     assert nats[0] / 128 == pytest.approx(np.log(512), abs=0.3) and nats[-1] / 128 < 0.5
