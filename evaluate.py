@@ -136,7 +136,8 @@ def summary_of_loss(nats: np.ndarray, n_targets: np.ndarray, read: list) -> dict
     loss, (low, high) = nats.sum() / n_targets.sum(), stats.ratio_interval(nats, n_targets)
     n_bytes = sum(tokens.n_bytes for tokens in read)
     return {"nats_per_token": loss, "low": low, "high": high,
-            "bits_per_byte": nats.sum() / math.log(2) / n_bytes, "perplexity": math.inf if loss > 700 else math.exp(loss),
+            "bits_per_byte": nats.sum() / math.log(2) / n_bytes,
+            "perplexity": math.inf if loss > 700 else math.exp(loss),             # math.exp(710) is an OverflowError
             "n_tokens": int(n_targets.sum()), "n_bytes": n_bytes, "n_bulletins": len(nats),
             "n_unknown": sum(tokens.n_unknown for tokens in read),
             "n_too_long": sum(tokens.n_too_long for tokens in read),

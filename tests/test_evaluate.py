@@ -607,7 +607,8 @@ def test_quality_says_where_smollm2_is_missing(corpus, monkeypatch, capsys, erro
 @pytest.mark.parametrize("content, part", [
     ("", "no bulletins"), ("no separator\n", ":1: expected one"), ('{"headline": "a"}\n', ":1: expected headline"),
     ("\n{broken\n", ":2: not JSON"), ('{"a": ' * 5000, ":1: not JSON"),
-    ('{"headline": "a", "story": "\\ud800"}\n', ":1: headline or story holds half"), ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"),
+    ('{"headline": "a", "story": "\\ud800"}\n', ":1: headline or story holds half"),
+    ('{"headline": "a", "story": "b", "finished": "yes"}\n', "finished"),
     (b"\xff\xfe\n", "not a text file")])
 def test_wrong_samples_are_told_in_one_line(corpus, tmp_path, capsys, content, part):
     path = tmp_path / "samples.txt"
