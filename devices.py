@@ -35,7 +35,6 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name, local_rank)
 
 
-# ---------------------------------------------------------------- several processes
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error of PyTorch says that a device's memory is full: it has several."""
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
@@ -53,6 +52,7 @@ def told_if_full(message: str) -> Iterator[None]:
         raise OSError(message) from None
 
 
+# ---------------------------------------------------------------- several processes
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def compile_loss(loss: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]] = 
     batches here, the same ones each time that a run starts. On a GPU this does not make two runs the same, byte for
     byte: there the gradient of the embedding is summed in whatever order its threads come.
     """
+    if next(loss.parameters()).device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)      # else the same would go for two threads here
     # Should a step need more code after all, that is compiled as a whole too, not cut at the buckets of Ranks.share.
     torch._dynamo.config.optimize_ddp = False
     compiled = torch.compile(loss, dynamic=True)
@@ -170,5 +172,3 @@ def pass_s(loss: Callable, *batch: torch.Tensor, n_times: int = N_TRIAL_PASSES) 
         total.backward()
     total.item()                      # waits for a GPU
     return (time.perf_counter() - started) / n_times
-    if next(loss.parameters()).device.type == "cpu":
-        torch.use_deterministic_algorithms(True, warn_only=True)      # else the same would go for two threads here

@@ -158,7 +158,6 @@ class Run:
                 "n_steps": self.n_steps, "max_minutes": self.args.max_minutes, "device": self.device.type,
                 "processes": self.ranks.n, "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}
 
-    def save_checkpoint(self) -> None:
     def _check_all_are_alike(self) -> None:
         """Raise ValueError, in all processes, if they would not do the same: they would wait for each other in vain."""
         told = json.dumps([self.identity, self.args.eval_every], sort_keys=True)
@@ -167,6 +166,7 @@ class Run:
             raise ValueError("the processes differ in their corpus, tokenizer, config, options, code or PyTorch; each "
                              "node needs the same")
 
+    def save_checkpoint(self) -> None:
         """Write what the run needs to go on; all processes hold the same, so the first writes and the others wait."""
         tally = self.ranks.sum(self.tally.clone())
         if self.ranks.is_first:
@@ -183,9 +183,9 @@ class Run:
             # Not onto a GPU, which may be too full to hold it beside model and optimizers.
             state = torch.load(self.checkpoint_path, weights_only=True, map_location="cpu")
             before = state["identity"]
-        except Exception as error:          # torch.load raises several kinds for a file that is not a checkpoint
         except OSError:                     # says nothing about the checkpoint
             raise
+        except Exception as error:          # torch.load raises several kinds for a file that is not a checkpoint
             raise ValueError(f"{self.checkpoint_path}: not a checkpoint of a run ({type(error).__name__}); delete it "
                              "to begin anew") from None
         names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]

@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import forked
 import evaluate
+import forked
 import recipe
 import run
 import train
@@ -109,10 +109,10 @@ def test_the_logged_validation_loss_is_total_by_total(finished, small):
     nats, n_targets = bulletin_losses(GPT.from_pretrained(out), validation, batch_size=5)
     told = json.loads((out / "run.json").read_text())["val_loss"]
     assert nats.sum() / n_targets.sum() == pytest.approx(told, abs=1e-5)
-
     torch.set_float32_matmul_precision("highest")                     # GPUs differ in it by default from what trained
     assert evaluate.loss_of(out, [small / "validation.txt"])["nats_per_token"] == pytest.approx(told, abs=1e-5)
     assert torch.get_float32_matmul_precision() == "high"
+
 
 def start_until(small: Path, out: Path, n_checkpoints: int) -> ForkServerProcess:
     """Start or resume a run and return it when it has written a number of checkpoints (one after every step)."""
@@ -425,6 +425,18 @@ def test_processes_that_do_not_share_the_checkpoint_do_not_go_on(small, tmp_path
     assert "not every process sees the checkpoint" in capsys.readouterr().err
 
 
+def another_version_on_the_second() -> None:
+    run.CHECKPOINT_VERSION += int(os.environ["RANK"])
+
+
+def test_processes_that_would_do_otherwise_than_the_first_are_told(small, tmp_path):
+    """They would train on other rows than the first one thinks, or wait for it in vain."""
+    ranks = forked.start_ranks(2, command(small, tmp_path / "model")[2:], tmp_path, another_version_on_the_second)
+    assert forked.exit_codes(ranks) == [2, 2]
+    assert all((tmp_path / rank).read_text().endswith("PyTorch; each node needs the same\n") for rank in "01")
+    assert not (tmp_path / "model").exists()
+
+
 def signal_second(step: int, number: int, n_times: int = 1) -> None:
     """Have the second process of a run send itself a signal in a step."""
     next_in_schedule = train.next_in_schedule
@@ -451,18 +463,6 @@ def on_a_terminal() -> None:
 
 
 def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, capsys):
-def another_version_on_the_second() -> None:
-    run.CHECKPOINT_VERSION += int(os.environ["RANK"])
-
-
-def test_processes_that_would_do_otherwise_than_the_first_are_told(small, tmp_path):
-    """They would train on other rows than the first one thinks, or wait for it in vain."""
-    ranks = forked.start_ranks(2, command(small, tmp_path / "model")[2:], tmp_path, another_version_on_the_second)
-    assert forked.exit_codes(ranks) == [2, 2]
-    assert all((tmp_path / rank).read_text().endswith("PyTorch; each node needs the same\n") for rank in "01")
-    assert not (tmp_path / "model").exists()
-
-
     """A batch of 8 rows does not divide by three, and of the sums of three numbers the order matters."""
     whole, out, logs = tmp_path / "whole", tmp_path / "model", tmp_path / "logs"
     assert forked.exit_codes(forked.start_ranks(3, command(small, whole)[2:], logs)) == [0, 0, 0]
