@@ -30,7 +30,7 @@ class Model:
     prices: chat.Prices | None = None
     context_length: int | None = None
     expires: date | None = None
-    speaks_openrouter: bool = False    # prices are listed, so OpenRouter's options are known; others may refuse them
+    speaks_openrouter: bool = False    # it is OpenRouter or lists prices as it does; others may refuse its options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,8 +73,10 @@ def connect(args: argparse.Namespace, default_model: str) -> tuple[chat.Client, 
     for a missing key; chat.Stopped when the server cannot be reached.
     """
     base_url = args.base_url.rstrip("/")
-    if urlsplit(base_url).scheme not in ("http", "https") or "@" in urlsplit(base_url).netloc:
+    if not is_url(base_url):
         raise ValueError(f"--base-url {args.base_url}: expected http(s)://host/path, and the key in the environment")
+    if is_openrouter(base_url) and urlsplit(base_url).scheme != "https":
+        raise ValueError(f"--base-url {args.base_url}: OpenRouter is at https://, where nobody can read the key")
     client = chat.Client(base_url, key=find_key(base_url), concurrency=args.concurrency, timeout_s=args.timeout,
                          patience_s=args.patience, max_cost=args.max_cost)
     model = find_model(get(client, "/models"), args.model, default_model, base_url)
@@ -86,6 +88,15 @@ def connect(args: argparse.Namespace, default_model: str) -> tuple[chat.Client, 
         raise ValueError("no API key: set OPENROUTER_API_KEY in the environment or in .env "
                          "(get one at https://openrouter.ai/keys)")
     return client, model
+
+
+def is_url(text: str) -> bool:
+    """Tell whether a text names a host to ask by HTTP, and no user or password."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    except ValueError:                         # half an IPv6 address
+        return False
 
 
 def get(client: chat.Client, path: str) -> Any:
@@ -120,12 +131,15 @@ def find_key(base_url: str, dotenv: Path = Path(".env")) -> str:
 
     CHAT_API_KEY goes to whatever server is named; OPENROUTER_API_KEY only to OpenRouter, or to a proxy on this machine.
     """
-    stored = {**dotenv_values(dotenv), **os.environ}
+    try:
+        in_file = dotenv_values(dotenv)
+    except UnicodeDecodeError:
+        raise ValueError(f"{dotenv}: not UTF-8 text") from None
     names = ["CHAT_API_KEY"]
     if is_openrouter(base_url) or urlsplit(base_url).hostname in THIS_MACHINE:
         names.insert(0, "OPENROUTER_API_KEY")
     for name in names:
-        if key := (stored.get(name) or "").strip():
+        if key := (os.environ.get(name) or in_file.get(name) or "").strip():
             if not all("!" <= character <= "~" for character in key):     # requests would raise too, and quote it
                 raise ValueError(f"{name}: not an API key; it holds characters that no key has")
             return key
@@ -167,7 +181,7 @@ def find_model(listing: object, wanted: str | None, default: str, base_url: str)
     if wanted is None:
         raise ValueError(f"--model: {base_url} lists {', '.join(list(cards)[:5]) or 'no models'}; name one")
     if not cards:
-        return Model(wanted)
+        return Model(wanted, speaks_openrouter=is_openrouter(base_url))
     if wanted not in cards:
         near = difflib.get_close_matches(wanted, cards, n=3, cutoff=0.4) or list(cards)[:3]
         raise ValueError(f"--model {wanted}: {base_url} does not list it; it has {', '.join(near)}")
@@ -177,7 +191,7 @@ def find_model(listing: object, wanted: str | None, default: str, base_url: str)
         raise ValueError(f"--model {wanted}: {base_url} withdraws it on {expires}; choose another")
     length = card.get("context_length", as_dict(card.get("meta")).get("n_ctx"))    # OpenRouter's name, and llama.cpp's
     return Model(wanted, listed_prices(as_dict(card.get("pricing"))), length if isinstance(length, int) else None,
-                 expires, speaks_openrouter=isinstance(card.get("pricing"), dict))
+                 expires, speaks_openrouter=is_openrouter(base_url) or isinstance(card.get("pricing"), dict))
 
 
 def listed_prices(pricing: dict) -> chat.Prices | None:
@@ -209,18 +223,18 @@ def prices_of(args: argparse.Namespace, model: Model) -> chat.Prices | None:
         raise ValueError("--price-in and --price-out: give both or none")
     if args.price_in is not None:
         return chat.Prices(args.price_in / 1e6, args.price_out / 1e6)
-    highest = args.provider_json.get("max_price")
-    if isinstance(highest, dict) and all(chat.is_amount(highest.get(name)) for name in chat.Prices._fields):
-        return chat.Prices(highest["prompt"] / 1e6, highest["completion"] / 1e6)
-    return model.prices
+    highest = as_dict(args.provider_json.get("max_price"))
+    prices = [highest[name] / 1e6 if chat.is_amount(highest.get(name)) else getattr(model.prices, name, None)
+              for name in chat.Prices._fields]
+    return None if None in prices else chat.Prices(*prices)
 
 
 def options(args: argparse.Namespace, model: Model, prices: chat.Prices | None) -> dict:
     """Return the model and, for OpenRouter, the options that go into every request."""
     if not model.speaks_openrouter:
         return {"model": model.id, **({"provider": args.provider_json} if args.provider_json else {})}
-    provider = {"enforce_distillable_text": not args.allow_undistillable}
+    provider = {"enforce_distillable_text": not args.allow_undistillable, **args.provider_json}
     if args.max_cost is not None and prices is not None:      # no provider dearer than the budget assumes
-        provider["max_price"] = {name: round(price * 1e6, 6) for name, price in prices._asdict().items()}
-    return {"model": model.id, "plugins": [{"id": "context-compression", "enabled": False}],
-            "provider": {**provider, **args.provider_json}}
+        listed = {name: round(price * 1e6, 6) for name, price in prices._asdict().items()}
+        provider["max_price"] = {**listed, **as_dict(args.provider_json.get("max_price"))}
+    return {"model": model.id, "plugins": [{"id": "context-compression", "enabled": False}], "provider": provider}

@@ -1,4 +1,7 @@
 """Which key goes to which server, and what is made of the models that it lists."""
+import argparse
+import re
+
 import pytest
 
 import chat
@@ -24,6 +27,44 @@ def test_which_key_goes_where(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="CHAT_API_KEY") as refused:
             servers.find_key("https://api.example.org/v1", dotenv)
         assert bad not in str(refused.value)
+
+
+    monkeypatch.setenv("CHAT_API_KEY", "")
+    dotenv.write_text("CHAT_API_KEY=from-file\n")                             # nor does an empty variable hide it
+    assert servers.find_key("https://api.example.org/v1", dotenv) == "from-file"
+    dotenv.write_text("OPENROUTER_API_KEY=a\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"\.env: not UTF-8"):
+        servers.find_key("https://api.example.org/v1", dotenv)
+
+
+def arguments(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    servers.add_arguments(parser)
+    return parser.parse_args(options)
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://[::1", "https://me:secret@x/v1",
+                                 "http://openrouter.ai/api/v1"])
+def test_urls_that_are_not_asked(url):
+    with pytest.raises(ValueError, match=f"--base-url {re.escape(url)}: "):
+        servers.connect(arguments("--base-url", url), MODEL)
+
+
+@pytest.mark.parametrize("listing", [None, {"data": []}, {"data": [{"id": MODEL}]}])
+def test_the_safeguards_on_openrouter_need_no_price_list(listing):
+    args = arguments()
+    model = servers.find_model(listing, MODEL, MODEL, servers.OPENROUTER)
+    assert servers.options(args, model, servers.prices_of(args, model)) == {
+        "model": MODEL, "plugins": [{"id": "context-compression", "enabled": False}],
+        "provider": {"enforce_distillable_text": True}}
+
+
+def test_a_price_that_the_user_does_not_cap_is_capped_at_the_listed_one():
+    args = arguments("--max-cost", "1", "--provider-json", '{"max_price": {"prompt": 0.1}}')
+    model = servers.find_model({"data": [CARD]}, MODEL, MODEL, servers.OPENROUTER)
+    prices = servers.prices_of(args, model)
+    assert prices == (pytest.approx(0.1e-6), PRICE_OUT)
+    assert servers.options(args, model, prices)["provider"]["max_price"] == {"prompt": 0.1, "completion": 0.05}
 
 
 @pytest.mark.parametrize("card, wanted, complaint", [
