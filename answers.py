@@ -14,10 +14,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import NoneType
 
 import cli
 
 SEED_WORDS = "seed_words"     # the field that says what was asked; other commands have a field of their own
+USAGE = ("prompt_tokens", "completion_tokens", "cost")
 EXAMPLE = re.compile(r"<h1>(.+)</h1><p>(.+)</p>")         # headline, story
 LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")           # from JSON such as "\ud800"; no file or terminal takes it
 
@@ -125,6 +127,9 @@ def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
     score = answer.get("score")
     if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
         raise ValueError(f"{where}: score must be a finite number")
+    usage = answer.get("usage") or {}
+    if not isinstance(usage, dict) or not all(type(usage.get(name)) in (int, float, NoneType) for name in USAGE):
+        raise ValueError(f"{where}: usage must be an object, with numbers for {', '.join(USAGE)}")
     return answer
 
 

@@ -247,7 +247,9 @@ def test_the_command_passes_over_a_torn_last_line(tmp_path, texts, run_cli):
     ('{"key": "0/1", "text": "a"}', "seed_words"), ("\xff", "not JSON"),
     ('{"key": "0/1", "seed_words": [], "text": null}', "text a string"),
     ('{"key": "0/1", "seed_words": [], "text": "a", "score": "high"}', "score must be a finite number"),
-    ('{"key": "0/1", "seed_words": [], "text": "a", "score": NaN}', "score must be a finite number")])
+    ('{"key": "0/1", "seed_words": [], "text": "a", "score": NaN}', "score must be a finite number"),
+    ('{"key": "0/1", "seed_words": [], "text": "a", "usage": [1]}', "usage must be an object"),
+    ('{"key": "0/1", "seed_words": [], "text": "a", "usage": {"cost": "1"}}', "usage must be an object")])
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_broken_line_is_named(tmp_path, texts, line, message, n_jobs):
     write_raw(tmp_path / "raw", texts[:3])
