@@ -82,7 +82,7 @@ def size_of_next_round(n_asked: int, accepted: int, wanted: int) -> int:
         if n_asked >= HOPELESS:
             raise ValueError(f"not one accepted bulletin in {n_asked} answers; look at them and choose another --model")
         return n_asked
-    return math.ceil((wanted - accepted) * n_asked / accepted)
+    return min(math.ceil((wanted - accepted) * n_asked / accepted), n_asked * accepted)    # few accepted say little
 
 
 class Tally:
@@ -114,6 +114,11 @@ class Tally:
         else:
             self.place(index, answer)
 
+    @property
+    def n_early(self) -> int:
+        """How many answers wait for an earlier request to be answered before their bulletins are counted."""
+        return len(self._early)
+
     def place(self, index: int, answer: dict | None) -> None:
         """Count the bulletins of an answer (None: given up) once those of every request before it are counted."""
         self._early[index] = answer
@@ -129,8 +134,9 @@ class Tally:
 
 def forecast(tally: Tally, wanted: int, messages: list[dict]) -> Forecast:
     """Return a forecast from the answers so far, or from assumptions while there are none."""
-    accepted, n = tally.acceptance.accepted, tally.n_answers
-    n_requests = math.ceil(max(0, wanted - accepted) / (accepted / n if accepted else EXPECTED_ACCEPTED))
+    accepted, n, n_early = tally.acceptance.accepted, tally.n_answers, tally.n_early
+    n_per_bulletin = (n - n_early) / accepted if accepted else 1 / EXPECTED_ACCEPTED
+    n_requests = max(0, math.ceil((wanted - accepted) * n_per_bulletin) - n_early)
     if tally.completion_tokens:
         return Forecast(n_requests, n_requests * tally.prompt_tokens / n, n_requests * tally.completion_tokens / n)
     n_characters = sum(len(message["content"]) for message in messages)

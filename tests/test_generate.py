@@ -359,8 +359,20 @@ def test_rounds_never_ask_for_more_than_is_needed_as_far_as_is_known():
     size = generate_training_data.size_of_next_round
     assert size(0, 0, 1) == 1 and size(0, 0, 95) == 10 and size(0, 0, 10**6) == generate_training_data.PROBE
     assert size(100, 800, 1000) == 25 and size(100, 999, 1000) == 1 and size(1, 0, 5) == 1
+    assert size(100, 1, 10**4) == 100                      # one lucky answer is no rate
     with pytest.raises(ValueError, match="not one accepted"):
         size(20, 0, 1000)
+
+
+def test_a_forecast_knows_the_answers_that_are_not_counted_yet(tmp_path):
+    with ChatServer() as server:
+        assert generate_training_data.main(arguments(server, tmp_path, "--bulletins", 600)) == 0
+    tally = generate_training_data.Tally(1000, lambda usage: usage["cost"])
+    for answer in answers.read_answers(tmp_path):
+        if answer["key"] != "0/3":
+            tally.add(answer)
+    assert tally.acceptance.accepted < 35 and tally.n_early > 50
+    assert generate_training_data.forecast(tally, 600, []).n_requests < 30
 
 
 def test_the_tally_does_not_depend_on_the_order_of_arrival():
