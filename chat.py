@@ -5,23 +5,21 @@ are posted by other threads (transport.py), which share no state with it, so not
 charged what the server says it cost, or else the most that it can have cost.
 """
 import heapq
-import math
 import queue
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from replies import ANSWERED, FAILED, FINAL, THROTTLED, Reply, as_dict
+from replies import ANSWERED, FAILED, FINAL, OF_ONE_PROMPT, THROTTLED, Reply, as_dict, is_amount
 from transport import Transport
 
-MAX_FAILURES = 10             # a request that fails this often while others are answered is given up for this run
+MAX_FAILURES = 10             # a request that fails this often while others are answered is given up
+MAX_REFUSALS = 5              # when so many requests fail and none is answered, it is not their words that are refused
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 60.0
 FIRST_LIMIT = 8               # requests in flight once the first one, sent alone, has been answered
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # half an emoji, where an answer was cut; UTF-8 cannot hold it
 
 
 class Refused(ValueError):
@@ -55,10 +53,11 @@ class Attempt:
     job: Any
     n_failures: int = 0       # those that say something about this request
     n_waits: int = 0          # how often it was put back to wait
-    first_sent_at: float = 0.0
     sent_at: float = 0.0
+    since: float = 0.0        # when it last failed, or was first sent
     worst_usd: float = 0.0    # the most that it may cost ...
     dearer: float = 1.0       # ... if bills exceed the price list by this factor
+    may_prefill: bool = True  # until it is refused with an assistant message at the end
     is_prefilled: bool = True
 
 
@@ -82,7 +81,8 @@ class Client:
 
     def __post_init__(self):
         self.transport = Transport(self.base_url, self.key, self.concurrency, self.timeout_s)
-        self.prefill = True                    # until the server refuses an assistant message at the end
+        self.prefill = True                    # until a request is answered only without
+        self._prefill_works = False
         self.limit = 1.0                       # requests in flight: finds its own level, up to `concurrency`
         self.is_stopping = False
         self.n_answers = self.prompt_tokens = self.completion_tokens = 0
@@ -92,6 +92,8 @@ class Client:
         self._n_put_back = 0
         self._was_throttled, self._cut_at, self._pause_until = False, 0.0, 0.0
         self._last_success, self._failed_since = time.monotonic(), Counter()
+        self._refused: list[Attempt] = []      # given up once another, sent later, is answered
+        self._n_refused, self._is_all_sent = 0, False
         self._end: Exception | None = None
 
     def __enter__(self) -> "Client":
@@ -123,13 +125,16 @@ class Client:
 
         `body_of(job, prefill)` returns what to post; with prefill it may end with an assistant message. A job is taken
         only when it can be sent. Whatever is still in flight, and so paid for, is yielded before anything is raised.
-        Raises Refused for an error that no retry can heal, Stopped when nothing has been answered for `patience_s`
-        or the budget is used up.
+        Raises Refused for an error that no retry can heal and that is not about one prompt alone, Stopped when nothing
+        has been answered for `patience_s` or the budget is used up.
         """
         jobs = iter(jobs)
-        self._last_success = time.monotonic()
+        self._last_success, self._is_all_sent = time.monotonic(), False
         while True:
-            has_more = self._send(jobs, body_of)
+            try:
+                has_more = self._send(jobs, body_of)
+            except Exception as error:         # of jobs or body_of; what is in flight is still to arrive
+                self._finish(error)
             if not self.n_in_flight and (self.is_stopping or not has_more):
                 break
             try:
@@ -139,25 +144,28 @@ class Client:
                 continue
             settled = self._settle(attempt, reply)
             self._check_patience()
-            if settled is not None:
-                yield settled
+            yield from settled
         self._waiting.clear()
         if self._end is not None:
             raise self._end
+        if not self.is_stopping:
+            yield from self._give_up_refused(time.monotonic())             # no others were left that could be answered
 
     def _send(self, jobs: Iterator, body_of: Callable[[Any, bool], dict]) -> bool:
         """Send what may be sent now; return whether anything is left to send later."""
         while not self.is_stopping and self.n_in_flight < int(self.limit) and time.monotonic() >= self._pause_until:
             if self._waiting and self._waiting[0][0] <= time.monotonic():
                 attempt = heapq.heappop(self._waiting)[2]
-            elif self.n_in_flight + len(self._waiting) >= int(self.limit):
+            elif self.n_in_flight + len(self._waiting) >= max(int(self.limit), MAX_REFUSALS):
                 return True                                # those that wait keep their places: no storm while all fail
             elif (job := next(jobs, None)) is not None:
                 attempt = Attempt(job)
             else:
+                self._is_all_sent = True
                 return bool(self._waiting)
-            body = body_of(attempt.job, self.prefill)
-            attempt.worst_usd, attempt.dearer, attempt.is_prefilled = self.worst_cost(body), self._dearer, self.prefill
+            attempt.is_prefilled = self.prefill and attempt.may_prefill
+            body = body_of(attempt.job, attempt.is_prefilled)
+            attempt.worst_usd, attempt.dearer = self.worst_cost(body), self._dearer
             if self.max_cost is not None and self.committed_usd + attempt.worst_usd > self.max_cost + 1e-9:
                 self._put_back(attempt, 0.0)
                 if not self.n_in_flight:
@@ -165,42 +173,58 @@ class Client:
                                          f"and the next request may cost ${attempt.worst_usd:.4f}"))
                 return True
             attempt.sent_at = time.monotonic()
-            attempt.first_sent_at = attempt.first_sent_at or attempt.sent_at
+            attempt.since = attempt.since or attempt.sent_at
             self._at_risk_usd += attempt.worst_usd
             self.transport.send(attempt, body)
         return True
 
-    def _settle(self, attempt: Attempt, reply: Reply) -> tuple[Any, Answer | None] | None:
-        """Take one reply into account; return what to yield, None if the request is to be sent again or all is over."""
+    def _settle(self, attempt: Attempt, reply: Reply) -> list[tuple[Any, Answer | None]]:
+        """Take one reply into account; return what to yield, nothing if the request is to be sent again."""
         cost = self._bill(attempt, reply)
         if reply.verdict == ANSWERED:
-            return attempt.job, self._accept(attempt, reply, cost)
+            return [(attempt.job, self._accept(attempt, reply, cost)), *self._give_up_refused(attempt.sent_at)]
         if cost:
             self.on_lost(cost, reply.cause)
         if reply.verdict == FINAL and attempt.is_prefilled and reply.status in (400, 422):
-            self.prefill = False                           # the same request goes out once more without it
+            attempt.may_prefill = False                    # the same request goes out once more without it
             self._put_back(attempt, 0.0)
-            return None
+            return []
         self.failures[reply.cause] += 1
         self._failed_since[reply.cause] += 1
         if reply.verdict == FINAL:
-            self._finish(self.refusal(reply))
-            return None
+            attempt.since = time.monotonic()
+            self._refused.append(attempt)
+            self._n_refused += 1
+            if reply.code not in OF_ONE_PROMPT or self._n_refused >= MAX_REFUSALS:
+                self._refused.clear()
+                self._finish(self.refusal(reply))
+            return []
         self._slow_down(attempt, reply)
-        # A server in trouble says nothing about the request, unless others are answered meanwhile.
-        is_own = reply.status == 200 or self._last_success > attempt.first_sent_at
-        attempt.n_failures += reply.verdict == FAILED and is_own
+        # A server in trouble says nothing about the request, unless others are answered between its failures.
+        is_own = (reply.verdict == FAILED and reply.status == 200) or self._last_success > attempt.since
+        attempt.n_failures += is_own
+        attempt.since = time.monotonic()
         if attempt.n_failures >= MAX_FAILURES:
             self.failures["given up"] += 1
-            return attempt.job, None
-        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** attempt.n_waits) * random.uniform(0.5, 1.0)
+            return [(attempt.job, None)]
+        backoff_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt.n_waits, 9)) * random.uniform(0.5, 1.0)
         self._put_back(attempt, max(backoff_s, min(reply.retry_after_s, self.patience_s)))
-        return None
+        return []
+
+    def _give_up_refused(self, time_s: float) -> list[tuple[Any, None]]:
+        """Return what to yield for those refused until then; an answer sent later shows that it was their words."""
+        given_up = [(attempt.job, None) for attempt in self._refused if attempt.since <= time_s]
+        self._refused = [attempt for attempt in self._refused if attempt.since > time_s]
+        self.failures += Counter({"given up": len(given_up)})
+        return given_up
 
     def _accept(self, attempt: Attempt, reply: Reply, cost: float) -> Answer:
         self.n_answers += 1
         self._last_success = time.monotonic()
         self._failed_since.clear()
+        self._n_refused = 0
+        self._prefill_works |= attempt.is_prefilled
+        self.prefill &= attempt.may_prefill or self._prefill_works
         # One more per answer doubles the limit every round; once the server has called it too much, one more per round.
         grown = self.limit + 1 / self.limit if self._was_throttled else max(self.limit + 1, FIRST_LIMIT)
         self.limit = min(float(self.concurrency), grown)
@@ -211,9 +235,8 @@ class Client:
         self.completion_tokens += usage.get("completion_tokens", 0)
         if self.prices is not None or is_amount(reported.get("cost")):
             usage["cost"] = cost
-        choice = reply.body["choices"][0]
-        return Answer(LONE_SURROGATE.sub("\ufffd", choice["message"]["content"]), choice.get("finish_reason"),
-                      reply.body.get("model") or "", usage, attempt.is_prefilled)
+        return Answer(reply.text, reply.body["choices"][0].get("finish_reason"), reply.body.get("model") or "", usage,
+                      attempt.is_prefilled)
 
     def _slow_down(self, attempt: Attempt, reply: Reply) -> None:
         """Halve the limit, once for all the requests that were in flight together, and obey Retry-After."""
@@ -237,7 +260,13 @@ class Client:
         return min(0.5, max(0.01, due)) if due > 0 else 0.5
 
     def _check_patience(self) -> None:
-        if self._failed_since.total() >= 5 and time.monotonic() - self._last_success > self.patience_s:
+        if self._failed_since.total() < 5 or time.monotonic() - self._last_success <= self.patience_s:
+            return
+        if self._is_all_sent and self.n_answers and self._n_refused + len(self._waiting) < MAX_REFUSALS:
+            self._refused += [attempt for *_, attempt in self._waiting]    # no others are left to tell whose fault
+            self._n_refused += len(self._waiting)
+            self._waiting.clear()
+        else:
             causes = ", ".join(f"{cause} x{n}" for cause, n in self._failed_since.most_common())
             self._finish(Stopped(f"{self.base_url}: nothing answered for {self.patience_s:.0f} s ({causes})"))
 
@@ -276,7 +305,3 @@ class Client:
             self._dearer = max(self._dearer, attempt.dearer * cost / attempt.worst_usd)
         self.spent_usd += cost
         return cost
-
-
-def is_amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -28,6 +28,7 @@ from spending import CHARACTERS_PER_TOKEN, Forecast, describe, gentle_stop, lost
 
 DEFAULT_MODEL = "meta-llama/llama-3.1-8b-instruct"
 PROBE = 100                   # requests of the first round, after which the acceptance rate is known
+GIVEN_UP = chat.Answer("", "given up", "", {}, is_prefilled=False)      # kept, so that it is not asked again
 HOPELESS = 20                 # after so many requests without one accepted bulletin, the model cannot do it
 # Assumed until there are answers to measure.
 EXPECTED_ACCEPTED, CHARACTERS_PER_BULLETIN = 8.0, 480
@@ -203,10 +204,10 @@ def ask_until_done(args: argparse.Namespace, client: chat.Client, ask: Asking, t
             n_asked += size
             still_open = (r for r in islice(requests, size) if not file.is_answered(r.key, r.seed_words))
             for request, answer in client.answers(still_open, ask.body_of):
-                if answer is None:
-                    tally.place(request.index, None)
+                if answer is None and not client.n_answers:
+                    tally.place(request.index, None)       # only for this run: it may be the server's fault
                 else:
-                    record = ask.record_of(request, answer)
+                    record = ask.record_of(request, answer or GIVEN_UP)
                     file.append(record)
                     tally.add(record)
                 progress.update()

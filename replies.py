@@ -5,12 +5,16 @@ FINAL: no further try will succeed, and the user must be told what to do.
 """
 import json
 import math
+import re
+import sys
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 ANSWERED, FAILED, THROTTLED, FINAL = "answered", "failed", "throttled", "final"
 HOPELESS_IN_200 = (401, 402, 403, 404)        # any other error inside a 200 arose after the start: worth another try
+OF_ONE_PROMPT = (400, 403, 413, 422)          # FINAL, but the next prompt may be answered: moderation, content filters
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # half an emoji, where an answer was cut; UTF-8 cannot hold it
 ADVICE = {
     400: "the server cannot read the request; check --model and --provider-json",
     401: "set OPENROUTER_API_KEY (for other servers CHAT_API_KEY) in the environment or in .env",
@@ -30,6 +34,7 @@ class Reply(NamedTuple):
     message: str = ""         # the server's words
     retry_after_s: float = 0.0
     may_cost: bool = True     # it may have been billed although it names no usage
+    text: str = ""            # of an answer
 
     @property
     def advice(self) -> str:
@@ -61,7 +66,7 @@ def read_choice(body: dict) -> Reply:
     text = as_dict(choice.get("message")).get("content")
     if not isinstance(text, str) or not text.strip():
         return Reply(FAILED, "no text", 200, body=body)
-    return Reply(ANSWERED, "", 200, body=body)
+    return Reply(ANSWERED, "", 200, body=body, text=LONE_SURROGATE.sub("\ufffd", text))
 
 
 def read_error(status: int, headers: dict, body: dict) -> Reply:
@@ -92,13 +97,18 @@ def as_dict(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def is_amount(value: Any) -> bool:
+    """Tell whether a value is a number, not negative and no larger than a float can be, as an integer may be."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
 def seconds(value: Any) -> float:
     """Return a Retry-After value, a number of seconds or an HTTP date, as seconds from now; 0 if it is neither."""
     try:
         wait = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         try:
             wait = (parsedate_to_datetime(str(value)) - datetime.now(timezone.utc)).total_seconds()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return 0.0
     return max(0.0, wait) if math.isfinite(wait) else 0.0

@@ -18,7 +18,7 @@ from dotenv import dotenv_values
 
 import chat
 import cli
-from replies import as_dict, read_reply
+from replies import as_dict, is_amount, read_reply
 
 OPENROUTER = "https://openrouter.ai/api/v1"
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
@@ -158,7 +158,7 @@ def key_left_usd(client: chat.Client, model: Model) -> float | None:
     except chat.Stopped:
         return None                            # good to know, but the run can do without it
     left = as_dict(as_dict(page).get("data")).get("limit_remaining")
-    return float(left) if chat.is_amount(left) else None
+    return float(left) if is_amount(left) else None
 
 
 def is_openrouter(base_url: str) -> bool:
@@ -200,7 +200,7 @@ def listed_prices(pricing: dict) -> chat.Prices | None:
         prices = chat.Prices(float(pricing["prompt"]), float(pricing["completion"]))
     except (KeyError, TypeError, ValueError):
         return None
-    return prices if all(map(chat.is_amount, prices)) else None
+    return prices if all(map(is_amount, prices)) else None
 
 
 def check_room(model: Model, n_tokens: float) -> None:
@@ -224,7 +224,7 @@ def prices_of(args: argparse.Namespace, model: Model) -> chat.Prices | None:
     if args.price_in is not None:
         return chat.Prices(args.price_in / 1e6, args.price_out / 1e6)
     highest = as_dict(args.provider_json.get("max_price"))
-    prices = [highest[name] / 1e6 if chat.is_amount(highest.get(name)) else getattr(model.prices, name, None)
+    prices = [highest[name] / 1e6 if is_amount(highest.get(name)) else getattr(model.prices, name, None)
               for name in chat.Prices._fields]
     return None if None in prices else chat.Prices(*prices)
 

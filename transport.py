@@ -32,10 +32,10 @@ class Transport:
 
     def send(self, tag: Any, body: dict) -> None:
         """Post a body from a thread that has nothing to do, or a new one; receive() returns the tag with the reply."""
-        self.n_in_flight += 1
-        if self.n_in_flight > self._n_threads:
+        if self.n_in_flight >= self._n_threads:
             threading.Thread(target=self._work, daemon=True).start()
             self._n_threads += 1
+        self.n_in_flight += 1
         self._tasks.put((tag, body))
 
     def receive(self, timeout_s: float) -> tuple[Any, Reply]:

@@ -75,7 +75,8 @@ def test_nothing_answered_for_long_stops_with_the_causes_counted():
         client = chat.Client(server.url, patience_s=0.5)
         with pytest.raises(chat.Stopped, match=r"nothing answered for .*50[03] x\d+, 50[03] x\d"):
             ask(client, 1000)
-    assert 5 <= server.n_requests < 40              # one request waits longer and longer; the others are not sent
+    assert 5 <= server.n_requests < 40 * chat.MAX_REFUSALS     # a few wait longer and longer; the others are not sent
+    assert len({body["messages"][0]["content"] for body in server.bodies}) <= chat.MAX_REFUSALS
 
 
 def test_a_server_that_is_not_there():
@@ -109,20 +110,52 @@ def test_one_failed_request_is_not_put_off_beyond_our_patience():
 # ---------------------------------------------------------------- what cannot
 
 
-@pytest.mark.parametrize("fault, advice", [("401", "OPENROUTER_API_KEY"), ("402", "credits"), ("403", "another key"),
-                                           ("404", "another --model"), ("429 final", "daily quota")])
-def test_a_final_error_stops_within_one_request(fault, advice):
+@pytest.mark.parametrize("fault, advice, n_requests", [
+    ("401", "OPENROUTER_API_KEY", 1), ("402", "credits", 1), ("404", "another --model", 1),
+    ("429 final", "daily quota", 1), ("403", "another key", chat.MAX_REFUSALS)])
+def test_a_final_error_stops_within_few_requests(fault, advice, n_requests):
     with ChatServer(lambda n, body: fault) as server:
         with pytest.raises(chat.Refused, match=advice):
             ask(chat.Client(server.url), 1000)
-    assert server.n_requests == 1
+    assert server.n_requests == n_requests
+
+
+@pytest.mark.parametrize("fault", ["400", "503"])
+@pytest.mark.parametrize("poisoned", [(0,), (9, 10), (0, 1, 2, 29)])         # the last when no other is left
+def test_a_request_that_is_always_refused_is_given_up_alone(fault, poisoned):
+    words = [f"w{job}," for job in poisoned]
+    with ChatServer(lambda n, body: fault if any(word in body["messages"][0]["content"] for word in words)
+                    else None) as server:
+        client = chat.Client(server.url, patience_s=1)
+        answered = ask(client, 30)
+    assert sorted(job for job, answer in answered.items() if answer is None) == list(poisoned) and len(answered) == 30
+    assert client.failures["given up"] == len(poisoned)
+    assert all(answer is None or answer.is_prefilled for answer in answered.values())
+
+
+def test_refusals_of_all_after_some_answers_give_nothing_up():
+    with ChatServer(lambda n, body: "403" if n >= 40 else None, latency_s=0.05) as server:
+        client, answered = chat.Client(server.url, concurrency=16), {}
+        with pytest.raises(chat.Refused, match="another key"):
+            for job, answer in client.answers(range(1000), body_of):
+                answered[job] = answer
+    assert len(answered) == server.n_healthy == 40 and None not in answered.values()
+
+
+def test_a_lone_refused_request_is_given_up():
+    with ChatServer(lambda n, body: "403") as server, chat.Client(server.url) as client:
+        for _ in range(chat.MAX_REFUSALS - 1):
+            assert list(client.answers([0], body_of)) == [(0, None)]
+        with pytest.raises(chat.Refused):      # but not for ever
+            list(client.answers([0], body_of))
 
 
 def test_a_bad_request_is_tried_once_without_prefill():
     with ChatServer(lambda n, body: "400") as server:
         with pytest.raises(chat.Refused, match="400, told to fail"):
             ask(chat.Client(server.url), 1000)
-    assert [body["messages"][-1]["role"] for body in server.bodies] == ["assistant", "user"]
+    roles = [body["messages"][-1]["role"] for body in server.bodies]
+    assert roles == ["assistant", "user"] * chat.MAX_REFUSALS
 
 
 def test_a_model_without_prefill_is_found_out_once():
@@ -131,6 +164,32 @@ def test_a_model_without_prefill_is_found_out_once():
         answered = ask(client, 20)
     assert len(answered) == 20 and not any(answer.is_prefilled for answer in answered.values())
     assert server.n_requests == 21 and not client.failures
+
+
+def test_one_bad_request_does_not_end_prefill():
+    with ChatServer(lambda n, body: "400" if n == 20 else None) as server:
+        answered = ask(chat.Client(server.url), 60)
+    assert sum(not answer.is_prefilled for answer in answered.values()) == 1 and server.n_requests == 61
+
+
+@pytest.mark.parametrize("breaks", ["jobs", "body_of"])
+def test_an_error_of_the_caller_keeps_what_is_in_flight(breaks):
+    def jobs():
+        yield from range(9)
+        if breaks == "jobs":
+            raise ValueError("asked with other words")
+        yield 9
+
+    def broken_body_of(job, prefill):
+        if job == 9:
+            raise ValueError("asked with other words")
+        return body_of(job, prefill)
+
+    answered = []
+    with ChatServer(latency_s=0.05) as server, pytest.raises(ValueError, match="asked with other words"):
+        for job, _ in chat.Client(server.url).answers(jobs(), broken_body_of):
+            answered.append(job)
+    assert sorted(answered) == list(range(9)) and server.n_requests == 9
 
 
 def test_an_error_in_the_middle_keeps_what_is_in_flight():
@@ -255,7 +314,7 @@ def test_many_dear_bills_at_once_are_believed_once():
 @pytest.mark.parametrize("usage, expected", [
     ({"cost": 0.5}, 0.5), ({"prompt_tokens": 2, "completion_tokens": 3}, 2 + 15),
     ({"cost": None, "prompt_tokens": 1, "completion_tokens": 1}, 6),
-    ({"prompt_tokens": 2}, None), ({}, None), ({"cost": True}, None)])
+    ({"prompt_tokens": 2}, None), ({}, None), ({"cost": True}, None), ({"cost": 10 ** 400}, None)])
 def test_cost_of_a_usage(usage, expected):
     assert chat.Client("http://x", prices=chat.Prices(1.0, 5.0)).cost_of(usage) == expected
     assert chat.Client("http://x").cost_of({"prompt_tokens": 2, "completion_tokens": 3}) is None

@@ -193,6 +193,18 @@ def test_what_is_refused(tmp_path, printed, models, more, complaint):
     assert complaint in shown and shown.strip().splitlines()[-1].startswith("error: ") and server.n_requests == 0
 
 
+def test_a_request_that_is_always_refused_is_given_up_for_good(tmp_path):
+    vocabulary = answers.read_vocabulary(Path("vocabulary.json"))
+    flagged = next(r for r in generate_training_data.all_requests(vocabulary, 0) if r.key == "0/3").seed_words
+    with ChatServer(lambda n, body: "403" if seed_words_of(body) == flagged else None) as server:
+        assert generate_training_data.main(arguments(server, tmp_path, "--bulletins", 300)) == 0
+        given_up = [answer for answer in answers.read_answers(tmp_path) if answer["finish_reason"] == "given up"]
+        assert [(answer["key"], answer["text"]) for answer in given_up] == [("0/3", "")]
+        n_requests = server.n_requests
+        assert generate_training_data.main(arguments(server, tmp_path, "--bulletins", 350)) == 0
+    assert accepted_in(tmp_path) >= 350 and server.n_requests < n_requests + 10
+
+
 @pytest.mark.parametrize("fault", ["401", "402", "404"])
 def test_final_errors_end_the_run_after_one_request(tmp_path, printed, fault):
     with ChatServer(lambda n, body: fault) as server:

@@ -39,6 +39,7 @@ def test_retry_after_may_be_a_date():
     assert replies.seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
-@pytest.mark.parametrize("value", [None, "nan", "soon", ["soon"], {"seconds": 5}])
+@pytest.mark.parametrize("value", [None, "nan", "soon", ["soon"], {"seconds": 5}, 10 ** 400,
+                                   "Mon, 01 Jan 99999999999 00:00:00 GMT"])
 def test_a_retry_after_that_is_no_time_counts_as_none(value):
     assert replies.seconds(value) == 0
