@@ -67,7 +67,7 @@ class Client:
 
     `max_cost` is the budget in USD. What was spent counts against it, and so does all that may have been spent and all
     that the requests in flight may yet cost. `on_lost(usd, cause)` is told what an attempt without an answer cost, or
-    may have cost.
+    may have cost; `on_risk(usd)`, before each request is sent, what all then in flight may cost.
     """
     base_url: str
     key: str = field(default="", repr=False)
@@ -78,6 +78,7 @@ class Client:
     max_cost: float | None = None
     spent_usd: float = 0.0
     on_lost: Callable[[float, str], None] = lambda usd, cause: None
+    on_risk: Callable[[float], None] = lambda usd: None
 
     def __post_init__(self):
         self.transport = Transport(self.base_url, self.key, self.concurrency, self.timeout_s)
@@ -172,6 +173,7 @@ class Client:
                     self._finish(Stopped(f"the budget of ${self.max_cost:g} is used up: ${self.spent_usd:.4f} spent, "
                                          f"and the next request may cost ${attempt.worst_usd:.4f}"))
                 return True
+            self.on_risk(self._at_risk_usd + attempt.worst_usd)
             attempt.sent_at = time.monotonic()
             attempt.since = attempt.since or attempt.sent_at
             self._at_risk_usd += attempt.worst_usd

@@ -75,14 +75,20 @@ def gentle_stop(client: chat.Client) -> Iterator[list[int]]:
 def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Iterator[None]:
     """Keep account of what is paid for nothing, so that a budget holds even over runs that are killed.
 
-    The most that can be in flight is charged before the first request and taken back when every answer has arrived.
+    The most that is in flight is charged before it is sent, in steps of at least worst_usd, what one request may cost;
+    it is taken back when every answer has arrived.
     """
-    at_risk = client.concurrency * worst_usd
-    if client.max_cost is not None:
-        at_risk = min(at_risk, max(0.0, client.max_cost - client.spent_usd))
+    charged = 0.0
+
+    def charge(at_risk: float) -> None:
+        nonlocal charged
+        if at_risk > charged:
+            step = max(at_risk - charged, worst_usd)
+            answers.note_lost(path, step, "in flight, if this run is killed")
+            charged += step
+
+    client.on_risk = charge
     client.on_lost = lambda usd, cause: answers.note_lost(path, usd, cause)
-    if at_risk:
-        answers.note_lost(path, at_risk, "in flight, if this run is killed")
     has_ended = False
     try:
         yield
@@ -91,5 +97,5 @@ def lost_costs_noted(client: chat.Client, path: Path, worst_usd: float) -> Itera
         has_ended = True
         raise
     finally:                                   # after any other exception (a full disk) an answer may have been lost
-        if at_risk and has_ended and client.n_in_flight == 0:
-            answers.note_lost(path, -at_risk, "all arrived")
+        if charged and has_ended and client.n_in_flight == 0:
+            answers.note_lost(path, -charged, "all arrived")

@@ -240,6 +240,17 @@ def test_the_budget_holds_over_all_runs(tmp_path, printed):
     assert server.billed_usd <= spent + 1e-9 <= 0.012 + 2e-9
 
 
+def test_a_kill_costs_no_more_of_a_small_budget_than_was_in_flight(tmp_path):
+    with ChatServer(lambda n, body: "hang" if n == 0 else None) as server:
+        more = ["--bulletins", 30, "--max-cost", 0.002]
+        run = start(server, tmp_path, *more)
+        wait_for(lambda: server.n_in_flight)
+        run.kill()
+        run.communicate()
+        assert server.billed_usd < answers.read_lost(tmp_path / "lost.log") < 0.0005
+        assert generate_training_data.main(arguments(server, tmp_path, *more)) == 0
+
+
 def test_prices_of_our_own_where_the_server_has_none(tmp_path):
     with ChatServer(models={"data": [{"id": MODEL}]}, has_cost=False) as server:
         more = ["--bulletins", 5000, "--max-cost", 0.004, "--price-in", 0.02, "--price-out", 0.05]
