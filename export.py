@@ -24,6 +24,7 @@ import cli
 from config import Config, ModelConfig, TrainConfig, from_json
 from data import load_tokenizer
 from files import write_json
+from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
 from model import BOS, EOS, GPT, PAD
 from model_card import model_card
@@ -92,7 +93,8 @@ def write_transformers(folder: Path, out: Path) -> None:
         **{theirs: getattr(config.model, ours) for ours, theirs in GPT2_SIZES.items()}, **TOKEN_IDS,
         "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "dtype": "float32", "tinynews": config.to_json()})
     write_json(out / "generation_config.json", {**TOKEN_IDS, "max_length": context_length, "do_sample": True,
-                                                "temperature": 0.7, "top_k": 0})
+                                                "temperature": TEMPERATURE, "top_k": 0,
+                                                "no_repeat_ngram_size": NO_REPEAT})
     write_json(out / "tokenizer.json", tokenizer_json(pieces))
     write_json(out / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", **TOKENS, "model_max_length": context_length,

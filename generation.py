@@ -18,6 +18,9 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- drawing
 
+# Of the options tried, those that suit models of this size best; no run of NO_REPEAT tokens comes twice.
+TEMPERATURE, NO_REPEAT = 0.7, 6
+
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
                    no_repeat: int | None) -> None:

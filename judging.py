@@ -222,4 +222,6 @@ def judge(args: argparse.Namespace) -> None:
     if signals:
         raise KeyboardInterrupt(f"{len(jobs) - n_missing:,} judgements so far; the same command goes on from here")
     if n_missing:
-        raise chat.Stopped(f"{n_missing:,} of {len(jobs):,} judgements were given up; the same command asks them again")
+        causes = ", ".join(f"{cause} x{n}" for cause, n in client.failures.most_common() if cause != "given up")
+        raise chat.Stopped(f"{n_missing:,} of {len(jobs):,} judgements were given up ({causes}); the same command asks "
+                           "them again")

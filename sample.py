@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import cli
 from data import bulletin_of_ids, load_tokenizer, prompt_of
+from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
 from model import GPT
 from precision import faster_dtype
@@ -85,13 +86,13 @@ def main(argv: list[str] | None = None) -> int:
                         help="write stories for these; may be repeated; - reads them from standard input, one a line "
                              "(default: the model makes up its own)")
     parser.add_argument("-n", type=int, help="bulletins a headline (default: 1, or 3 without headlines)")
-    parser.add_argument("--temperature", type=float, default=0.7,
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE,
                         help="0 takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float,
                         help="draw from the likeliest tokens that together reach this probability")
     parser.add_argument("--min-p", type=float, help="draw from tokens at least this share as likely as the likeliest")
-    parser.add_argument("--no-repeat", type=int, default=6, metavar="N",
+    parser.add_argument("--no-repeat", type=int, default=NO_REPEAT, metavar="N",
                         help="let no run of N tokens come twice in a headline or a story; 0 lets all "
                              "(default: %(default)s)")
     parser.add_argument("--seed", type=int,

@@ -14,6 +14,7 @@ import corpus
 import export
 from config import Config
 from data import USER_SYMBOLS, load_tokenizer
+from generation import NO_REPEAT
 from model import GPT
 from model_card import model_card
 from pieces import read_pieces, tokenizer_json
@@ -87,6 +88,8 @@ def test_a_pipeline_writes_a_bulletin_that_fits_the_context(folder, exported):
         assert len(write.tokenizer(prompt).input_ids) < len(ids) <= write.model.config.n_positions
         ours = load_tokenizer(folder / "tokenizer.model").decode([i for i in ids if i != 0])
         assert write(prompt, do_sample=False)[0]["generated_text"].strip() == ours
+        runs = [tuple(ids[i:i + NO_REPEAT]) for i in range(len(ids) - NO_REPEAT + 1)]
+        assert len(set(runs)) == len(runs)                            # this model is hardly trained, and likes to repeat
 
 
 def test_a_published_tokenizer_with_normalisation_gives_the_same_ids(small, lines, tmp_path):

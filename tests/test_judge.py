@@ -213,7 +213,7 @@ def test_requests_that_were_given_up_are_named_and_asked_again(corpus, tmp_path,
     with ChatServer(lambda n, body: "null text" if story_of(body)[0] == headline else None,
                     text_of=good_judge(corpus)) as server:
         assert judge(server, corpus, out, "--repeats", 1, samples=("bad",)) == 1
-    assert "given up" in capsys.readouterr().err
+    assert re.search(r"were given up \([^()]+ x\d+\); the same command asks them again", capsys.readouterr().err)
     assert {"answer": 1, "problem": "empty"} in report_of(out)["names"]["bad"]["unparsed"]
     with ChatServer(text_of=good_judge(corpus)) as server:
         assert judge(server, corpus, out, "--repeats", 1, samples=("bad",)) == 0
