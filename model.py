@@ -45,7 +45,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, shape: tuple[int, int], places: torch.Tensor | None) -> torch.Tensor:
         qkv = self.qkv(x)                                          # (N, C) -> (N, 3C)
-        if places is not None:
+        if places is not None:                                     # (N, 3C) -> (B * T, 3C): each row looks at its own
             qkv = qkv.new_zeros(shape[0] * shape[1], qkv.shape[1]).index_copy_(0, places, qkv)
         q, k, v = qkv.view(*shape, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)      # -> 3 x (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(*shape, -1)

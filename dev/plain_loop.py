@@ -2,7 +2,7 @@
 
 The plain loop is the one that dev/benchmark.py times: padded batches, float32, eager. Both begin with the same weights
 and make as many steps of the same schedule on the same batches, so that only rounding tells them apart.
-Run:     python dev/plain_loop.py --out results/sweeps/plain-loop.json
+Run:     python dev/plain_loop.py --out results/plain-loop.json
 """
 import argparse
 import dataclasses
