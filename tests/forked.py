@@ -1,6 +1,7 @@
-"""Runs of train.py in processes of their own, forked from one that has imported what takes seconds to import."""
+"""Scripts in processes of their own, forked from one that has imported what takes seconds to import."""
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from collections.abc import Callable
@@ -32,6 +33,13 @@ def start_ranks(n: int, arguments: list[str], logs: Path,
                   MASTER_ADDR="localhost", MASTER_PORT=str(port)) for rank in range(n)]
 
 
+def start_script(script: Path, arguments: list[str], log: Path) -> ForkServerProcess:
+    """Start `python SCRIPT ARGUMENTS`, whose output goes to a file."""
+    process = FORKS.Process(target=_run_script, args=(script, arguments, log))
+    process.start()
+    return process
+
+
 def exit_codes(processes: list[ForkServerProcess]) -> list[int]:
     """Wait for processes and return how they ended."""
     for process in processes:
@@ -46,3 +54,10 @@ def _run(arguments: list[str], log: Path, prepare: Callable[[], None] | None, en
     if prepare is not None:
         prepare()
     sys.exit(train.main(arguments))
+
+
+def _run_script(script: Path, arguments: list[str], log: Path) -> None:
+    os.chdir(ROOT)
+    sys.stdout = sys.stderr = log.open("w", buffering=1, encoding="utf-8")
+    sys.argv, sys.path[0] = [str(script), *arguments], str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")

@@ -3,16 +3,15 @@ import dataclasses
 import importlib.util
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 import sample
 from config import Config
 from model import GPT
@@ -151,16 +150,16 @@ SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("dev/*.py")] i
 MAINTAINERS_ONLY = {"build_vocabulary.py": "lemminflect"}      # what it needs is in no requirements file
 
 
-def test_every_script_has_help():
-    env = {**os.environ, "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+def test_every_script_has_help(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert {"train.py", "sample.py", "bulletins.py", "generate_training_data.py"} <= {path.name for path in SCRIPTS}
     present = [path for path in SCRIPTS if importlib.util.find_spec(MAINTAINERS_ONLY.get(path.name, "json"))]
-    with ThreadPoolExecutor(2) as pool:
-        helps = pool.map(lambda path: subprocess.run([sys.executable, path, "--help"], cwd=ROOT, env=env, text=True,
-                                                     capture_output=True), present)
-    for path, done in zip(present, helps):
-        assert done.returncode == 0 and done.stderr == "", (path.name, done.stderr)
-        assert done.stdout.startswith(f"usage: {path.name}") and "Run: " in done.stdout, path.name
+    processes = [forked.start_script(path, ["--help"], tmp_path / path.name) for path in present]
+    assert forked.exit_codes(processes) == [0] * len(present)
+    for path in present:
+        shown = (tmp_path / path.name).read_text()
+        assert shown.startswith(f"usage: {path.name}") and "Run: " in shown, shown
 
 
 def test_offline_teacher_starts_without_transformers():

@@ -200,7 +200,8 @@ def broken(function, dynamic: bool):
     return fail
 
 
-@pytest.mark.parametrize("compiler, said", [(traced, ""), (broken, "not compiled, which takes longer: Runtime")])
+@pytest.mark.parametrize("compiler, said", [pytest.param(traced, "", marks=pytest.mark.slow),
+                                            (broken, "not compiled, which takes longer: Runtime")])
 def test_the_layers_compute_the_same_with_and_without_a_compiler(llama, monkeypatch, capsys, compiler, said):
     kept, batch = torch.arange(300), [(list(range(5, 5 + n)), 3) for n in (9, 12, 12)]
     expected, n_tokens = offline_teacher.completion_loss(llama, kept, batch)
