@@ -48,8 +48,8 @@ With TinyNews itself:
 - The tokenizer puts `<s>` in front and nothing behind. Each training text was `<s> headline </h> story </s>`: to train
   further, end yours with `</s>`. Padding is `<unk>`, which stands for characters that no bulletin holds.
 - A text that spells `<s>`, `</s>` or `<unk>` is read as holding that token.
-- `generation_config.json` draws at temperature {TEMPERATURE} and lets no run of {NO_REPEAT} tokens come twice, because small models
-  fall into loops.
+- `generation_config.json` draws at temperature {TEMPERATURE} and lets no run of {NO_REPEAT} tokens come twice, because
+  small models fall into loops.
 - The context is {config.context_length} tokens, headline and story together.
 
 | | |

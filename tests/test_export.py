@@ -89,7 +89,7 @@ def test_a_pipeline_writes_a_bulletin_that_fits_the_context(folder, exported):
         ours = load_tokenizer(folder / "tokenizer.model").decode([i for i in ids if i != 0])
         assert write(prompt, do_sample=False)[0]["generated_text"].strip() == ours
         runs = [tuple(ids[i:i + NO_REPEAT]) for i in range(len(ids) - NO_REPEAT + 1)]
-        assert len(set(runs)) == len(runs)                            # this model is hardly trained, and likes to repeat
+        assert len(set(runs)) == len(runs)                     # this model is hardly trained, and likes to repeat
 
 
 def test_a_published_tokenizer_with_normalisation_gives_the_same_ids(small, lines, tmp_path):
