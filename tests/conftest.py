@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def lines() -> list[str]:
-    """The few-shot examples as lines of a corpus: 875 real bulletins."""
+    """The few-shot examples as lines of a corpus."""
     examples = json.loads((ROOT / "few_shot_examples.json").read_text(encoding="utf-8"))
     return [line_of(parse(text)[0]) for text in examples.values()]
 
