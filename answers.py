@@ -118,7 +118,7 @@ def read_answers(folder: Path, asked: str = SEED_WORDS) -> Iterator[dict]:
 def parse_answer(line: bytes, where: str, asked: str = SEED_WORDS) -> dict:
     try:
         answer = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{where}: not JSON; every line must be one answered request") from None
     required = ("key", asked, "text")
     if not isinstance(answer, dict) or any(name not in answer for name in required) or not all(
@@ -224,7 +224,7 @@ def read_lost(path: Path) -> float:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             total += json.loads(line)["usd"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue                           # torn by a kill; the charge at the start of that run covers it
     return total
 

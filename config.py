@@ -96,7 +96,7 @@ class Config:
                 raise ValueError(f"a model for transformers; python export.py --model {path.parent} --to tinynews "
                                  "--out DIR makes it one of ours")
             return from_json(cls, values, "")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> dict:

@@ -72,7 +72,8 @@ def publish(folder: Path, shard_size: int) -> list[Path]:
     """
     new = []
     if (folder / "validation.txt").stat().st_size == 0:
-        raise ValueError(f"{folder / 'validation.txt'}: no bulletin is held out yet; one in 20 is, so gather more first")
+        raise ValueError(f"{folder / 'validation.txt'}: no bulletin is held out yet; one in 20 is, so gather more "
+                         "first")
     if not published_files(folder, "validation"):
         new.append(folder / "validation.txt.xz")
         write_xz(new[0], (folder / "validation.txt").read_text(encoding="utf-8"))

@@ -137,7 +137,7 @@ def config_of_transformers(path: Path) -> Config:
         sizes["qkv_bias"] = isinstance(kept.get("model"), dict) and kept["model"].get("qkv_bias", False)
         train = from_json(TrainConfig, kept["train"], "tinynews.train") if "train" in kept else None
         return Config(from_json(ModelConfig, sizes, "model"), train)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -18,7 +18,7 @@ def model_card(model: GPT, folder: Path) -> str:
     for name, rows_of in (("run.json", rows_of_run), ("loss.json", rows_of_loss), ("quality.json", rows_of_quality)):
         try:
             rows += rows_of(json.loads((folder / name).read_text(encoding="utf-8"))) if (folder / name).exists() else []
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / name}: not what its command writes ({error})") from None
     n_parameters, config = model.n_parameters, model.config
     told = "\n".join(["", *rows])

@@ -45,7 +45,7 @@ def read_reply(status: int, headers: dict, raw: bytes) -> Reply:
     """Sort what a server sent. A 200 without text is a failure like any other."""
     try:
         body = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         if status == 200:

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def json_object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("must be a JSON object")
@@ -117,7 +117,7 @@ def get(client: chat.Client, path: str) -> Any:
         if response.status_code == 200:
             try:
                 return response.json()
-            except ValueError:
+            except (ValueError, RecursionError):
                 trouble = "the answer is not JSON"
                 continue
         if response.status_code < 500 and response.status_code != 429:

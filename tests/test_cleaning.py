@@ -243,7 +243,7 @@ def test_the_command_passes_over_a_torn_last_line(tmp_path, texts, run_cli):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"key": "0/20", "seed_', "not JSON"), ("[1]", "expected an object"),
+    ('{"key": "0/20", "seed_', "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "expected an object"),
     ('{"key": "0/1", "text": "a"}', "seed_words"), ("\xff", "not JSON"),
     ('{"key": "0/1", "seed_words": [], "text": null}', "text a string"),
     ('{"key": "0/1", "seed_words": [], "text": "a", "score": "high"}', "score must be a finite number"),

@@ -195,7 +195,8 @@ def test_the_card_tells_of_the_evaluation(folder, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("run.json", "[1]"), ("run.json", '{"val_loss": "x"}'), ("loss.json", "{}"), ("loss.json", "[1]"),
-    ("quality.json", '{"a": 1}'), ("quality.json", "{")])
+    ("quality.json", '{"a": 1}'), ("quality.json", "{"),
+    ("quality.json", "[" * 100_000)])
 def test_facts_that_a_command_did_not_write_are_named(folder, tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}: not what its command writes"):
@@ -214,6 +215,7 @@ BAD_INPUTS = [
     ("gguf", lambda model: (model / "model.safetensors").unlink(), "no weights"),
     ("tinynews", lambda model: None, "not the config of a transformers GPT-2"),
     ("tinynews", lambda model: (model / "config.json").write_text("{"), "config.json: Expecting"),
+    ("tinynews", lambda model: (model / "config.json").write_text("[" * 100_000), "config.json: maximum recursion"),
     ("tinynews", lambda model: (model / "config.json").write_text('{"model_type": "gpt2"}'),
      'activation_function is "gelu'),
 ]

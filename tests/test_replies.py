@@ -34,6 +34,12 @@ def test_replies(status, content, headers, expected):
     assert reply.advice
 
 
+@pytest.mark.parametrize("content", [b"<html>", b"\xff", b"[" * 100_000])
+def test_what_is_not_json_is_a_failure(content):
+    assert replies.read_reply(200, {}, content)[:2] == (replies.FAILED, "not JSON")
+    assert replies.read_reply(502, {}, content)[:2] == (replies.FAILED, "502")
+
+
 def test_retry_after_may_be_a_date():
     assert 8 < replies.seconds(formatdate(time.time() + 10, usegmt=True)) <= 10
     assert replies.seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0

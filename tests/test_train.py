@@ -241,9 +241,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, smal
     assert "started otherwise: train.peak_lr was 0.01, is 0.02\n" in capsys.readouterr().err
     assert train.main([*command(small, out, "--resume")[2:], "--config", str(finished[0])]) == 2
     assert "started otherwise: first_weights_sha256 was None, is " in capsys.readouterr().err
-    (out / "log.jsonl").write_text("{")
-    assert train.main(command(small, out, "--resume")[2:]) == 2
-    assert "log.jsonl:1: not JSON" in capsys.readouterr().err
+    for broken in ("{", "[" * 100_000):
+        (out / "log.jsonl").write_text(broken)
+        assert train.main(command(small, out, "--resume")[2:]) == 2
+        assert "log.jsonl:1: not JSON" in capsys.readouterr().err
     torch.save({"step": 1}, out / "checkpoint.pt")
     assert train.main(command(small, out, "--resume")[2:]) == 2
     assert "checkpoint.pt: not a checkpoint of a run" in capsys.readouterr().err
