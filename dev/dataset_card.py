@@ -1,8 +1,9 @@
-"""Write the figures of a corpus into its card, or print bulletins to check one of them by hand.
+"""Write the figures of a corpus into its card, print bulletins to check one of them by hand, or sort them by teacher.
 
 Reads:   a corpus folder with its report.json, the raw answers that it was cleaned from, vocabulary.json, a tokenizer.
 Writes:  README.md of the corpus folder, only between its lines "<!-- figures -->" and "<!-- end of figures -->"; with
-         --spot-check nothing, but bulletins as the teacher wrote them to standard output.
+         --spot-check nothing, but bulletins as the teacher wrote them to standard output; with --by-teacher DIR the
+         held-out bulletins of each teacher, as evaluate.py loss --data reads them.
 Run:     python dev/dataset_card.py        # 40,305 bulletins: 27 s of CPU time
 """
 import argparse
@@ -10,8 +11,8 @@ import random
 import re
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -40,24 +41,41 @@ CALENDAR = frozenset("""january february march april may june july august septem
 
 
 class Written(NamedTuple):
-    """A bulletin of the corpus as its teacher wrote it, in upper and lower case, and the words asked for."""
+    """A bulletin of the corpus as its teacher wrote it, in upper and lower case."""
     bulletin: Bulletin
-    seed_words: list[str]
+    line: str                 # in the corpus
+    seed_words: list[str]     # asked for
+    teacher: str
+    day: str                  # 2026-11-24
 
 
 # ---------------------------------------------------------------- what the teacher wrote
 
 
-def read_written(raw: Path, lines: list[str], teachers: Counter, days: set[str]) -> Iterator[Written]:
-    """Yield the bulletins of a corpus's lines as they are in the raw answers; count their teachers, add the days."""
+def read_written(raw: Path, lines: Iterable[str]) -> Iterator[Written]:
+    """Yield the bulletins of a corpus's lines as they are in the raw answers; raise ValueError if there are none."""
     wanted = set(lines)
+    n = len(wanted)
     for answer in read_answers(raw):
         for bulletin in parse(answer["text"]):
             if (line := line_of(bulletin)) in wanted:
                 wanted.remove(line)
-                teachers[answer.get("model", "unknown")] += 1
-                days.add(datetime.fromtimestamp(answer["created"], timezone.utc).date().isoformat())
-                yield Written(bulletin, answer["seed_words"])
+                day = datetime.fromtimestamp(answer["created"], timezone.utc).date().isoformat()
+                yield Written(bulletin, line, answer["seed_words"], answer.get("model", "unknown"), day)
+    if len(wanted) == n:
+        raise ValueError(f"{raw}: holds no bulletin of the corpus; --raw must be the folder that it was cleaned from")
+
+
+def write_by_teacher(folder: Path, raw: Path, out: Path) -> None:
+    """Write the held-out bulletins of each teacher into a file of its own, one a line, and print how many."""
+    lines = defaultdict(list)
+    for written in read_written(raw, lines_of(corpus_files(folder, "validation"))):
+        lines[written.teacher].append(written.line)
+    out.mkdir(parents=True, exist_ok=True)
+    for teacher, held_out in lines.items():
+        path = out / f"{re.sub(r'[^a-z0-9]+', '-', teacher.lower())}.txt"
+        path.write_text("\n".join([*held_out, ""]), encoding="utf-8")
+        print(f"{path}: {len(held_out):,} held-out bulletins by {teacher}")
 
 
 def proper_nouns(texts: list[str]) -> list[list[str]]:
@@ -83,10 +101,8 @@ def figures_of(folder: Path, raw: Path, vocabulary: Path, tokenizer: Path) -> st
     lines = {split: list(lines_of(corpus_files(folder, split))) for split in ("train", "validation")}
     every_line = [*lines["train"], *lines["validation"]]
     corpus = list(map(bulletin_of, every_line))
-    teachers, days = Counter(), set()
-    written = list(read_written(raw, every_line, teachers, days))
-    if not written:
-        raise ValueError(f"{raw}: holds no bulletin of {folder}; --raw must be the folder that it was cleaned from")
+    written = list(read_written(raw, every_line))
+    teachers, days = Counter(b.teacher for b in written), {b.day for b in written}
     sampled = [quality.Sample(bulletin) for bulletin in random.Random(0).sample(corpus, min(N_SAMPLED, len(corpus)))]
     held_out = [quality.words_of(bulletin_of(line).story) for line in lines["validation"]]
     nearest = quality.copied_runs(held_out, (quality.words_of(bulletin_of(line).story) for line in lines["train"]))[1]
@@ -200,7 +216,7 @@ def write_card(path: Path, figures: str) -> None:
 def print_spot_check(folder: Path, raw: Path, n: int) -> None:
     """Print n random bulletins as the teacher wrote them, each with the proper nouns that are found in its story."""
     lines = [line for split in ("train", "validation") for line in lines_of(corpus_files(folder, split))]
-    written = list(read_written(raw, lines, Counter(), set()))
+    written = list(read_written(raw, lines))
     found = proper_nouns([b.bulletin.story for b in written])
     for i in sorted(random.Random(2).sample(range(len(written)), min(n, len(written)))):
         story = textwrap.fill(written[i].bulletin.story, 120, initial_indent="    ", subsequent_indent="    ")
@@ -217,11 +233,15 @@ def main(argv: list[str] | None = None) -> int:
                         help="default: %(default)s")
     parser.add_argument("--spot-check", type=cli.at_least(int, 1), metavar="N",
                         help="print N bulletins with the proper nouns found, and stop")
+    parser.add_argument("--by-teacher", type=Path, metavar="DIR",
+                        help="write the held-out bulletins of each teacher to a file in DIR, and stop")
     args = parser.parse_args(argv)
 
     def command() -> None:
         if args.spot_check:
             print_spot_check(args.data, args.raw, args.spot_check)
+        elif args.by_teacher:
+            write_by_teacher(args.data, args.raw, args.by_teacher)
         else:
             write_card(args.data / "README.md", figures_of(args.data, args.raw, args.vocabulary, args.tokenizer))
 

@@ -20,8 +20,8 @@ def write_everything(folder: Path, lines: list[str]) -> list[str]:
     with (folder / "raw" / "a.jsonl").open("w") as file:
         for i, bulletin in enumerate([*map(bulletin_of, lines), Bulletin("Too short", "")]):
             text = html_of(Bulletin("Storm " + bulletin.headline[:60] if i < 50 else bulletin.headline, bulletin.story))
-            file.write(json.dumps({"key": f"0/{i}", "seed_words": ["storm"], "text": text, "model": "a teacher",
-                                   "created": 86400 * (i % 2)}) + "\n")
+            file.write(json.dumps({"key": f"0/{i}", "seed_words": ["storm"], "text": text, "created": 86400 * (i % 2),
+                                   "model": "a teacher" if i < 50 else "Its/Heir 2"}) + "\n")
     write_corpus(folder / "raw", folder / "corpus", n_jobs=1)
     (folder / "corpus" / "README.md").write_text("Above.\n<!-- figures -->\nold\n<!-- end of figures -->\nBelow.\n")
     return ["--data", str(folder / "corpus"), "--raw", str(folder / "raw"),
@@ -36,7 +36,8 @@ def test_figures_are_put_between_the_marks(tmp_path, lines, small):
     assert "old" not in card.split("\n")
     report = json.loads((tmp_path / "corpus" / "report.json").read_text())
     n = report["train"] + report["validation"]
-    assert f"Written by a teacher ({n} bulletins); on 1970-01-01 to 1970-01-02. {n} of the {n} bulletins" in card
+    assert f"Written by Its/Heir 2 ({n - 50} bulletins), a teacher (50 bulletins); on 1970-01-01 to 1970-01-02. " in card
+    assert f"{n} of the {n} bulletins are in the raw answers at hand." in card
     rows = dict(map(str.strip, line.split("|")[1:3]) for line in card.splitlines() if line.count("|") == 3)
     assert rows["written"] == "201 (100.00%)" and rows["fell to `no_story`"] == "1 (0.50%)"
     assert rows["seed lists of which a form stands in the corpus"] == "50.0% of 2"
@@ -46,6 +47,16 @@ def test_figures_are_put_between_the_marks(tmp_path, lines, small):
     assert held >= 50 and rows["headlines that hold their seed word"] == f"{held / n:.1%} of {n}"
     assert card.count("\n> **") == 20
     assert dataset_card.main(options) == 0 and (tmp_path / "corpus" / "README.md").read_text() == card
+
+
+def test_held_out_bulletins_are_sorted_by_teacher(tmp_path, lines, capsys):
+    assert dataset_card.main([*write_everything(tmp_path, lines[:200]), "--by-teacher", str(tmp_path / "out")]) == 0
+    files = {path.name: path.read_text().splitlines() for path in (tmp_path / "out").iterdir()}
+    assert set(files) == {"a-teacher.txt", "its-heir-2.txt"}
+    assert all(line.startswith("storm ") for line in files["a-teacher.txt"])
+    held_out = (tmp_path / "corpus" / "validation.txt").read_text().splitlines()
+    assert sorted(sum(files.values(), [])) == sorted(held_out)
+    assert f"its-heir-2.txt: {len(files['its-heir-2.txt'])} held-out bulletins by Its/Heir 2" in capsys.readouterr().out
 
 
 def test_proper_nouns_are_what_is_mostly_written_with_a_capital():
