@@ -27,7 +27,7 @@ def run(command: Callable[[], None]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command()
-        sys.stdout.flush()
+        print(end="", flush=True)              # standard output may be closed, and then is None
     except KeyboardInterrupt as stop:
         print(f"stopped{f': {stop}' if str(stop) else ''}", file=sys.stderr)
         return INTERRUPTED

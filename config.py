@@ -9,6 +9,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+MOST = 2**16                  # of any size of a model; token ids are kept in two bytes each
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -22,8 +24,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "d_embedding", "d_intermediate", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"model.{name} must be from 1 to {MOST}, not {getattr(self, name)}")
         if self.d_embedding % self.n_heads:
             raise ValueError(f"model.d_embedding ({self.d_embedding}) must be a multiple of n_heads ({self.n_heads})")
 
@@ -133,6 +135,8 @@ def checked(value, kind, where: str):
         return from_json(kind, value, where)
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise ValueError(f"{where} must be of type {kind.__name__}, not {json.dumps(value)}")
+    if type(value) is int and not abs(value) < 2**63:     # what PyTorch and NumPy can hold
+        raise ValueError(f"{where} must be below 2**63, not {str(value)[:20]}...")
     if kind is float and not math.isfinite(value):        # Python's JSON knows NaN and Infinity
         raise ValueError(f"{where} must be a finite number, not {json.dumps(value)}")
     return kind(value)

@@ -1,4 +1,4 @@
-"""Bulletins as tokens: encoded once, memory-mapped, cut into batches of near-equal length.
+"""Bulletins as tokens: encoded once, memory-mapped, in random batches.
 
 The tokens of a corpus (see corpus.py) are kept in .tokens/ in its folder (in .tokens/ of the working directory, if that
 folder cannot be written), under a name that is the hash of the text, the tokenizer and the context length.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bulletins import ALPHABET, ASCII_PUNCTUATION, SEPARATOR, Bulletin
 from cli import start_workers
 from corpus import corpus_files, lines_of
-from files import sha256_of, write_beside
+from files import settle, sha256_of, write_beside
 
 USER_SYMBOLS = [SEPARATOR, *'%:"!$?0123456789']      # pieces 3, 4, 5 ... of every tokenizer
 IGNORED = -100                # target of a padding position: no loss
@@ -220,9 +220,15 @@ def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) ->
         stem = Path(".tokens").resolve() / stem.name
     if not stem.with_suffix(".json").exists():
         encode_files(paths, tokenizer_path.read_bytes(), context_length, stem)
-    facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-    ids = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="c")
-    tokens = Tokens(ids, np.load(stem.with_suffix(".npy")), **facts, sha256=digest.hexdigest())
+    try:
+        facts = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+        ids, offsets = np.memmap(stem.with_suffix(".ids"), dtype=np.uint16, mode="c"), np.load(stem.with_suffix(".npy"))
+        is_whole = len(ids) == offsets[-1]
+    except (FileNotFoundError, ValueError, EOFError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{stem}.*: not the tokens that were kept there; delete these files")
+    tokens = Tokens(ids, offsets, **facts, sha256=digest.hexdigest())
     if (share := tokens.n_unknown / len(ids)) > MAX_UNKNOWN:
         raise ValueError(f"{paths[0]}: {share:.1%} of the tokens stand for what {tokenizer_path} does not know; "
                          "a corpus is lower case, as bulletins.py writes it, or has a tokenizer of its own")
@@ -259,12 +265,12 @@ def encode_files(paths: list[Path], proto: bytes, context_length: int, stem: Pat
             raise ValueError(f"{paths[0]}: holds no bulletin to learn from; expected lines such as "
                              f"\"a headline {SEPARATOR} a story.\" of at most {context_length} tokens "
                              f"({facts['n_too_long']} too long, {facts['n_malformed']} without one {SEPARATOR})")
-        os.replace(partial, stem.with_suffix(".ids"))
+        settle(partial, stem.with_suffix(".ids"))
         with partial.open("wb") as out:
             np.save(out, np.concatenate([[0], np.cumsum(lengths)]))
-        os.replace(partial, stem.with_suffix(".npy"))
+        settle(partial, stem.with_suffix(".npy"))
         partial.write_text(json.dumps(facts), encoding="utf-8")
-        os.replace(partial, stem.with_suffix(".json"))
+        settle(partial, stem.with_suffix(".json"))
     finally:
         partial.unlink(missing_ok=True)
 

@@ -88,7 +88,12 @@ class Ranks:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes; it is changed in place."""
         if self.n > 1:
-            dist.all_reduce(value)
+            try:
+                dist.all_reduce(value)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ConnectionError("another process of this run has ended; its own line says why") from None
         return value
 
     def any(self, *are_so: bool) -> list[bool]:

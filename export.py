@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 import cli
 from config import Config, ModelConfig, TrainConfig, from_json
@@ -26,7 +25,7 @@ from data import load_tokenizer
 from files import write_json
 from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
-from model import BOS, EOS, GPT, PAD
+from model import BOS, EOS, GPT, PAD, load_weights
 from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
 
@@ -76,6 +75,7 @@ GPT2_SETTINGS = {"activation_function": "gelu", "layer_norm_epsilon": 1e-5, "sca
                  "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GPT2_SIZES = {"vocab_size": "vocab_size", "context_length": "n_positions", "d_embedding": "n_embd",
               "d_intermediate": "n_inner", "n_heads": "n_head", "n_layers": "n_layer"}
+MASKS = (".attn.bias", ".attn.masked_bias")       # which older versions of it kept beside the weights
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 TOKEN_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
@@ -142,16 +142,11 @@ def config_of_transformers(path: Path) -> Config:
 
 
 def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
-    """Load the weights of a GPT2LMHeadModel; raises ValueError naming one that is missing or of another shape.
+    """Load the weights of a GPT2LMHeadModel; raises ValueError naming one that is missing, too much or of another shape.
 
     The qkv biases are left out if all are zero and the config does not ask for them.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no weights")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    weights = load_weights(path)
     has_bias = config.qkv_bias or any(bool(w.any()) for name, w in weights.items() if name.endswith("c_attn.bias"))
     with torch.device("meta"):
         model = GPT(replace(config, qkv_bias=has_bias))
@@ -163,6 +158,10 @@ def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
             raise ValueError(f"{path}: {theirs} is {'missing' if weight is None else tuple(weight.shape)}; expected "
                              f"the untied GPT2LMHeadModel that {path.with_name('config.json')} describes")
         found[name] = weight.float()
+    for theirs in sorted(weights.keys() - set(map(name_in_transformers, found))):
+        if not theirs.endswith((*MASKS, "c_attn.bias")):              # biases not found are zero
+            raise ValueError(f"{path}: {theirs} is not in the GPT2LMHeadModel that {path.with_name('config.json')} "
+                             "describes")
     model.load_state_dict(found, assign=True)
     return model
 

@@ -71,8 +71,8 @@ class Draw:
             return logits.argmax(-1)
         probabilities = (logits / self.temperature).softmax(-1)
         if self.top_k is not None:
-            least = probabilities.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            probabilities = probabilities.where(probabilities >= least, 0)
+            kept, order = probabilities.topk(min(self.top_k, logits.shape[-1]))
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
         if self.min_p is not None:
             probabilities = probabilities.where(probabilities >= self.min_p * probabilities.amax(-1, keepdim=True), 0)
         if self.top_p is not None:
@@ -176,19 +176,19 @@ FEW_ROWS = 2          # up to so many, PyTorch's product in bfloat16 is faster e
 PACKED = weakref.WeakKeyDictionary()       # model -> (state of its weights, the packed decoder made of them)
 
 
-def decoder_of(model: nn.Module, n_rows: int) -> nn.Module | Decoder:
-    """Return what to generate with: the model itself, or on a CPU a Decoder, nearly always with packed matrices.
+def decoder_of(model: nn.Module, n_rows: int) -> Decoder:
+    """Return what to generate with; on a CPU it has, nearly always, packed matrices.
 
     In bfloat16 on a CPU that has no instructions for it, many rows are computed in float32, from the rounded weights.
     Packed matrices are kept until a weight changes, by an optimizer or in place; a change through `.data` is not seen.
     """
     weight = model.tok_emb.weight
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return model
+        return Decoder(model, plain_linear)
     is_emulated = weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if is_emulated and n_rows <= FEW_ROWS:
         return Decoder(model, plain_linear)
-    state = [weight.dtype, *((p.data_ptr(), p._version) for p in model.parameters())]
+    state = [weight.dtype, *((p.data_ptr(), not p.is_inference() and p._version) for p in model.parameters())]
     if model not in PACKED or PACKED[model][0] != state:
         source = copy.deepcopy(model).float() if is_emulated else model
         PACKED[model] = state, Decoder(source, PackedLinear)

@@ -150,6 +150,7 @@ class GPT(nn.Module):
         generation.check_sampling(temperature, top_k, top_p, min_p, no_repeat)
         if not prompts or max_new_tokens < 1:
             return [list(prompt) for prompt in prompts]
+        max_new_tokens = min(max_new_tokens, self.config.context_length + 1 - min(map(len, prompts)))
         device = self.tok_emb.weight.device
         draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
         return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD, no_repeat, SEPARATOR_ID)
@@ -176,14 +177,9 @@ class GPT(nn.Module):
             raise FileNotFoundError(f"{folder}: no such model folder")
         config = Config.load(folder).model
         path = folder / "model.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no weights")
+        weights = load_weights(path)
         with torch.device("meta"):
             model = cls(config)
-        try:
-            weights = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a safetensors file ({error})") from None
         expected = model.state_dict()
         for name in sorted(expected.keys() | weights.keys()):
             found = tuple(weights[name].shape) if name in weights else "nothing"
@@ -205,3 +201,20 @@ class GPT(nn.Module):
         # Not by save_file, which would let no other user read the file.
         weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
         write_beside(folder / "model.safetensors", lambda partial: partial.write_bytes(weights))
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Load a safetensors file of floating-point numbers.
+
+    Raises FileNotFoundError if there is none, ValueError if it is anything else or holds a number that is not finite.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no weights")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or not weight.isfinite().all():
+            raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
+    return weights

@@ -19,11 +19,14 @@ def write_log(path: Path, log: list[dict]) -> None:
 def read_log(path: Path) -> list[dict]:
     """Return the entries of log.jsonl; none if there is no such file. Raises ValueError naming a broken line."""
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except (ValueError, RecursionError):
             raise ValueError(f"{path}:{number}: not JSON, but a log holds one object a line") from None
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            raise ValueError(f"{path}:{number}: expected an object with step, a whole number")
+        entries.append(entry)
     return entries
 
 

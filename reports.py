@@ -89,7 +89,10 @@ def print_controls(controls: dict | None, measure: str) -> None:
          "yes" if check["is_separated"] else "NO"] for check in controls["checks"]])
     if controls["missing"]:
         print(f"not judged: {', '.join(controls['missing'])}")
-    if not controls["are_separated"]:
+    failed = [check for check in controls["checks"] if not check["is_separated"]]
+    if failed and all(check.get("difference", 0) > 0 and math.isnan(check["smallest_detectable"]) for check in failed):
+        print("\nToo few texts were judged to say whether this judge tells real text from damaged text.")
+    elif failed:
         print("\nTHE RANKING MEANS NOTHING: this judge does not tell real text from damaged text "
               "(or the real text is no better).")
 

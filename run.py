@@ -17,7 +17,7 @@ import torch
 import cli
 from config import Config
 from data import Batch, Tokens, epoch_batches, load_split, load_tokenizer
-from devices import Ranks, compile_loss, pays_to_compile, pick_device
+from devices import Ranks, compile_loss, is_out_of_memory, pays_to_compile, pick_device
 from files import sha256_of, write_beside
 from model import GPT
 from precision import faster_dtype
@@ -183,9 +183,9 @@ class Run:
             # Not onto a GPU, which may be too full to hold it beside model and optimizers.
             state = torch.load(self.checkpoint_path, weights_only=True, map_location="cpu")
             before = state["identity"]
-        except OSError:                     # says nothing about the checkpoint
-            raise
         except Exception as error:          # torch.load raises several kinds for a file that is not a checkpoint
+            if isinstance(error, OSError) or is_out_of_memory(error):             # says nothing about the checkpoint
+                raise
             raise ValueError(f"{self.checkpoint_path}: not a checkpoint of a run ({type(error).__name__}); delete it "
                              "to begin anew") from None
         names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]

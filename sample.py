@@ -52,7 +52,7 @@ def write(model: GPT, tokenizer, prompts: Iterator[list[int]], args: argparse.Na
         for row in rows:
             headline, story = bulletin_of_ids(tokenizer, row[:context])
             yield {"headline": headline, "story": story, "finished": len(row) < context}
-        sys.stdout.flush()
+        print(end="", flush=True)
 
 
 def sample(args: argparse.Namespace) -> None:

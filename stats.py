@@ -124,7 +124,10 @@ def smallest_detectable_difference(a: Sequence[float], b: Sequence[float] | None
     n_patterns = 2 ** len(a) if b is None else math.comb(len(a) + len(b), len(a))       # of signs, or splits
     if min(map(len, samples)) < 2 or 2 / n_patterns >= alpha:
         return math.nan
-    standard_error = math.sqrt(sum(np.var(sample, ddof=1) / len(sample) for sample in samples))
-    freedom = sum(map(len, samples)) - len(samples)
-    detectable = standard_error * (stats.t.ppf(1 - alpha / 2, freedom) + stats.t.ppf(power, freedom))
+    variances, freedom = [np.var(sample, ddof=1) for sample in samples], sum(map(len, samples)) - len(samples)
+    # Where two samples are permuted, the test sees the spread of both together; the difference has its own.
+    pooled = sum(variance * (len(sample) - 1) for variance, sample in zip(variances, samples)) / freedom
+    tested = math.sqrt(sum(pooled / len(sample) for sample in samples))
+    standard_error = math.sqrt(sum(variance / len(sample) for variance, sample in zip(variances, samples)))
+    detectable = tested * stats.t.ppf(1 - alpha / 2, freedom) + standard_error * stats.t.ppf(power, freedom)
     return float(detectable) if detectable > 0 else math.nan

@@ -11,10 +11,12 @@ import argparse
 import math
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from config import Config
 from corpus import find_corpus
 from data import IGNORED, bulletin_losses, bulletin_of_ids
 from devices import told_if_full
-from files import write_json
+from files import write_beside, write_json
 from model import BOS
 from recipe import learning_rate, train_step
 from record import Board, commit_of_checkout, draw_log, hardware, write_log
@@ -83,28 +85,28 @@ def next_in_schedule(run: Run) -> tuple[int, bool]:
     if run.args.max_minutes is not None:
         by_clock = run.n_steps * run.ranks.first(run.elapsed_s) / (60 * run.args.max_minutes)
         step = min(run.n_steps, max(step, math.ceil(by_clock)))
-    if run.args.eval_every is not None:
-        return step, step == run.n_steps or (run.step + 1) % run.args.eval_every == 0
     stage = step * N_EVALUATIONS // run.n_steps
-    is_next, run.stage = stage > run.stage, stage
-    return step, is_next
+    is_due, run.stage = stage > run.stage, stage
+    if run.args.eval_every is not None:
+        is_due = step == run.n_steps or (run.step + 1) % run.args.eval_every == 0
+    return step, is_due
 
 
 def evaluate(run: Run, board: Board, lr: float, grad_norm: torch.Tensor, bar: tqdm) -> None:
     """Measure the whole validation split, add an entry to the log, redraw its figure and say it in one line.
 
-    Raises ValueError, in all processes, if the training loss is not finite any more.
+    Raises ValueError, in all processes, if a loss is not finite any more.
     """
     nats, n_targets = run.ranks.sum(run.tally).tolist()
     run.tally.zero_()
-    if not math.isfinite(nats):
-        raise ValueError(f"the loss is {nats} by step {run.step:,}: training has diverged; lower the learning rate")
+    val_loss = run.ranks.first(validation_loss(run) if run.ranks.is_first else 0.0)
+    for loss in (nats, val_loss):
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} by step {run.step:,}: training has diverged; lower the learning rate")
     if not run.ranks.is_first:
         return
-    run.model.eval()
-    val_nats, n_val_targets = bulletin_losses(run.model, run.validation)
     entry = {"step": run.step, "epoch": run.step / run.steps_an_epoch, "n_tokens": run.n_tokens,
-             "loss": nats / n_targets, "val_loss": float(val_nats.sum() / n_val_targets.sum()),
+             "loss": nats / n_targets, "val_loss": val_loss,
              "lr": lr, "grad_norm": grad_norm.item(), "elapsed_s": round(run.elapsed_s, 1)}
     run.log.append(entry)
     write_log(run.log_path, run.log)
@@ -115,7 +117,14 @@ def evaluate(run: Run, board: Board, lr: float, grad_norm: torch.Tensor, bar: tq
               f"norm {entry['grad_norm']:.2f}  {run.n_tokens / run.elapsed_s:,.0f} tok/s", file=sys.stderr)
     for headline, story in samples(run, run.args.samples):
         bar.write(f"    {headline} </h> {story}", file=sys.stderr)
+
+
+def validation_loss(run: Run) -> float:
+    """Return the loss of the whole validation split, in nats per token."""
+    run.model.eval()
+    nats, n_targets = bulletin_losses(run.model, run.validation)
     run.model.train()
+    return float(nats.sum() / n_targets.sum())
 
 
 def draw(run: Run) -> None:
@@ -133,9 +142,9 @@ def samples(run: Run, n: int) -> list[tuple[str, str]]:
 def finish(run: Run) -> None:
     """Write the model folder, the weights last, then forget the checkpoint."""
     tokenizer, vocab = run.args.tokenizer, run.args.tokenizer.with_suffix(".vocab")
-    run.out.joinpath("tokenizer.model").write_bytes(tokenizer.read_bytes())        # perhaps onto itself
-    if vocab.exists():
-        run.out.joinpath("tokenizer.vocab").write_bytes(vocab.read_bytes())
+    for source, name in ((tokenizer, "tokenizer.model"), (vocab, "tokenizer.vocab")):
+        if source.exists():                                                        # perhaps this very file
+            write_beside(run.out / name, partial(shutil.copyfile, source))
     draw(run)
     write_json(run.out / "run.json", {
         "val_loss": run.log[-1]["val_loss"], "n_parameters": run.model.n_parameters, "n_bulletins": len(run.train),
@@ -175,7 +184,7 @@ def complete(args: argparse.Namespace) -> Config:
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
     args.data = find_corpus(args.data)
-    args.out = args.out or Path("models") / (args.config.name if args.config.is_dir() else args.config.stem)
+    args.out = args.out or Path("models") / (args.config.resolve().name if args.config.is_dir() else args.config.stem)
     is_further = (args.config / "tokenizer.model").exists()
     args.tokenizer = args.tokenizer or (args.config / "tokenizer.model" if is_further else
                                         default_tokenizer(config.model.vocab_size))

@@ -16,15 +16,20 @@ CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}         # for the story that stands f
 WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 
 CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
+# What opens and closes a model's thoughts: <think> and its like, and the marks of Magistral, Kimi and gpt-oss.
+TAG = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
+THOUGHTS = re.compile(rf"\A.*(?:</{TAG}>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>)"
+                      rf"|(?:<{TAG}>|\[THINK\]|\u25c1think\u25b7|<\|channel\|>analysis).*\Z", re.DOTALL | re.IGNORECASE)
+INVISIBLE = dict.fromkeys(map(ord, "\u200b\ufeff"))
 DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
 IS_WHOLE = re.compile(r"[.!?)*`]\Z")      # how an answer ends that was not cut off, as far as one can tell
 
 # ---------------------------------------------------------------- a value: score or choice
 
-OF_FIVE = r"(?i:\s*(?:/|(?:out\ )?of)\s*5(?:\.0)?)"
+OF_FIVE = r"(?i:\s*(?:/|(?:out\ )?of)\s*(?:5(?:\.0+)?|five\b))"
 REMARK = r"(?:\s*(?:[:;(\[\#]|/[/*]|-+\s)|\s+(?:[A-Z]|(?:because|since|as|for)\b))"      # how one begins behind a value
 # 4, "4/5", "4 of 5 stars", "Score: 4", "4: good", "4. The story is fine"
-NUMBER = re.compile(rf"(?:(?i:score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?){OF_FIVE}?(?:\s*(?:stars?|points?)\b)?"
+NUMBER = re.compile(rf"(?:(?i:evaluation|score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?){OF_FIVE}?(?:\s*(?:stars?|points?)\b)?"
                     rf"(?P<remark>(?:{REMARK}|\s*,|\.\s).*)?")
 CHOICE = re.compile(rf"(?:(?i:story)\s+)?((?i:a|b|tie))(?P<remark>(?:{REMARK}|\s*,|\.\s).*)?")
 # What makes a value doubtful if the remark holds it; a number that counts something ("one small fault") does not, nor
@@ -82,7 +87,8 @@ def score_of(value) -> Reading:
     if match is None or isinstance(value, bool) or OTHER_NUMBER.search(SCALE.sub("", match["remark"] or "")):
         return Reading(None, f"not a number: {value!r:.20}")
     score = float(match[1])
-    return Reading(score) if LOWEST <= score <= HIGHEST else Reading(None, f"outside {LOWEST} to {HIGHEST}: {text:.20}")
+    return Reading(score) if LOWEST <= score <= HIGHEST else Reading(
+        None, f"outside {LOWEST} to {HIGHEST}: {match[1]:.20}")
 
 
 def choice_of(value) -> float | None:
@@ -92,7 +98,7 @@ def choice_of(value) -> float | None:
 
 
 def one_line(value) -> str:
-    return " ".join(plain(str(value)).split()).strip(" *\"'")
+    return " ".join(plain(str(value)).split()).strip(" *_`<>)\"'")
 
 
 # ---------------------------------------------------------------- an answer: the values of a key
@@ -103,7 +109,7 @@ def without_frame(text: str) -> str:
 
     Some servers leave out the tag that opens the thoughts.
     """
-    return CODE_FENCE.sub("", text.rpartition("</think>")[2].partition("<think>")[0]).strip()
+    return CODE_FENCE.sub("", THOUGHTS.sub("", text)).strip()
 
 
 def plain(text: str) -> str:
@@ -116,7 +122,7 @@ def values_of(text: str, name: str) -> list:
     values, rest = sound_values(text, name)
     if not values:
         # Line breaks spelled \n become real ones, too, only now: it would have spoiled sound JSON.
-        values = broken_values(plain(rest).replace("\\n", "\n").replace("\u200b", "").strip(), name)
+        values = broken_values(plain(rest).replace("\\n", "\n").translate(INVISIBLE).strip(), name)
     return values
 
 
@@ -127,7 +133,7 @@ def sound_values(text: str, name: str) -> tuple[list, str]:
     """
     before, brace, after = text.partition("{")
     for before, candidate in (("", PREFILLED + text), (before, brace + after)):
-        if name in before.lower():
+        if name in before.lower() or OPENS_INNER.search(before):
             break                                 # it may be that of a broken object, which then goes first
         try:
             parsed, end = DECODER.raw_decode(candidate)
@@ -144,6 +150,8 @@ def members_named(name: str, parsed) -> list:
     members = list(parsed.items()) if isinstance(parsed, dict) else [("", value) for value in parsed]
     own = [value.removesuffix(".") if isinstance(value, str) else value
            for key, value in members if key.strip().lower() == name]
+    if own and isinstance(own[-1], dict):
+        return members_named(name, own[-1]) or own[-1:]                       # {"evaluation": {"evaluation": 4}}
     return own[-1:] or [found for _, value in members for found in members_named(name, value)]
 
 
@@ -152,10 +160,11 @@ def members_named(name: str, parsed) -> list:
 
 def key_pattern(name: str) -> re.Pattern:
     """Return what finds a key and its colon. It is in place after a closing quote or bracket, after an opening brace,
-    or on a new line."""
+    or on a new line; without its quotes, or with them escaped, after a closing quote and a comma."""
     return re.compile(rf"""
         (?P<in_place> (?: ["'}}\]] (?: \s* , )? | [0-9] \s* , | \{{ ) \s* | \n [^\S\n]* )?
-        (?<!\\) ["'] \s* (?i:{name}) \s* (?<!\\) ["'] \s* : \s*""", re.VERBOSE)
+        (?<!\\) ["'] \s* (?i:{name}) \s* (?<!\\) ["'] \s* : \s*
+        | (?P<bare> \\? " \s* , \s* ) (?: \\" (?i:{name}) \\" | (?i:{name}) ) \s* : \s*""", re.VERBOSE)
 
 
 def label_pattern(name: str) -> re.Pattern:
@@ -177,7 +186,10 @@ END = re.compile(r"""(?P<goes_on> \s* , \s* ["'] ) | (?: \s* , )? \s* [{}\]<]"""
 END_IN_PLACE = re.compile(rf"""
     (?: \s* , )? (?: \s* (?: ``` | \Z ) | [^\S\n]* \n (?! \s* (?: or | to ) \b ) )
     | \s*+ ,?+ \s*+ ["']? \w++ ["']? \s* :
-    | (?P<remark> {REMARK} [^"{{}}\n]* )""", re.VERBOSE)
+    | (?P<remark> (?: \s* , (?= \s* (?: /[/*] | \# ) ) )? {REMARK} [^"{{}}\n]* )""", re.VERBOSE)
+# An object inside another: what stands before its brace, and what behind its last value.
+OPENS_INNER = re.compile(r"""["'] \s* : \s* \[? \s* \Z""", re.VERBOSE)
+CLOSES_INNER = re.compile(r"""["']? \s* \} \s* (?: , \s* ["'] [^"'\n{}]{1,40} ["'] \s* : | [\]}] )""", re.VERBOSE)
 NEXT_OBJECT = re.compile(r"\} (?! \s* , ) [^{}]* \{", re.VERBOSE)
 
 
@@ -196,7 +208,8 @@ def mention_at(key: re.Match) -> Mention | None:
         value = pattern.match(text, key.end())
         end = value and END.match(text, value.end())
         if end:
-            return Mention(value["value"], value.end("value"), is_in_place, end["goes_on"] is not None)
+            return Mention(value["value"], value.end("value"), is_in_place or key["bare"] is not None,
+                           end["goes_on"] is not None)
         end = value and is_in_place and END_IN_PLACE.match(text, value.end())
         if end:
             return Mention(value["value"] + (end["remark"] or ""), value.end("value"), is_in_place, False)
@@ -204,19 +217,27 @@ def mention_at(key: re.Match) -> Mention | None:
 
 
 def broken_values(text: str, name: str) -> list[str]:
-    """Return the value of a key in the first object of broken JSON: the last one in place, else all that are not."""
+    """Return the value of a key in the first object of broken JSON: the last one in place, else all that are not.
+
+    If only objects inside it have the key, all of theirs are returned.
+    """
     found: list[Mention] = []
+    are_inner = False
     for key in key_pattern(name).finditer(text):
         mention = mention_at(key)
         if mention is None:
             continue
         if found and NEXT_OBJECT.search(text, found[-1].end, key.end()):
             break
-        if mention.is_in_place:
-            found = [mention]
+        is_inner = mention.is_in_place and CLOSES_INNER.match(text, mention.end) is not None
+        if is_inner and found and found[-1].is_in_place:
+            if are_inner:
+                found.append(mention)
+        elif mention.is_in_place:
+            found, are_inner = [mention], is_inner
         elif not found or not found[-1].is_in_place:
             found.append(mention)                 # behind one in place it is in a remark
-        if mention.is_in_place and not mention.goes_on:
+        if mention.is_in_place and not mention.goes_on and not is_inner:
             break
     if not found:
         label = label_pattern(name).search(text)

@@ -40,11 +40,16 @@ def plain_loss(config: Config, corpus: Path, n_steps: int) -> float:
 
 def compare(args: argparse.Namespace) -> None:
     config, corpus, losses = Config.load(args.config), find_corpus(args.data), []
+    for key, published in (("optimizer", "adamw"), ("beta2", 0.999), ("n_candidates", 0)):
+        if getattr(config.train, key) != published:
+            raise ValueError(f"{args.config}: train.{key} must be {published}, all that the plain loop knows")
     for seed in range(args.seeds):
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         ours = sweep.train_one(seeded.to_json(), args)
         if ours is None:
             raise ValueError(f"seed {seed}: train.py failed, its own line above says why")
+        if ours["n_steps"] != args.max_steps:
+            raise ValueError(f"--max-steps {args.max_steps}: the epochs of {args.config} end after {ours['n_steps']}")
         losses.append({"seed": seed, "plain": plain_loss(seeded, corpus, args.max_steps), "ours": ours["val_loss"]})
         print("seed {seed}  plain {plain:.4f}  ours {ours:.4f}".format(**losses[-1]))
         write_json(args.out, {"config": config.to_json(), "n_steps": args.max_steps, "losses": losses,
@@ -54,7 +59,7 @@ def compare(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/3M.json"), help="default: %(default)s")
-    parser.add_argument("--max-steps", type=int, default=1200, metavar="STEPS",
+    parser.add_argument("--max-steps", type=cli.at_least(int, 1), default=1200, metavar="STEPS",
                         help="of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=cli.at_least(int, 1), default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--data", default="training_data", help="as train.py (default: %(default)s)")

@@ -43,7 +43,7 @@ def start_script(script: Path, arguments: list[str], log: Path) -> ForkServerPro
 def exit_codes(processes: list[ForkServerProcess]) -> list[int]:
     """Wait for processes and return how they ended."""
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=600)
     return [process.exitcode for process in processes]
 
 

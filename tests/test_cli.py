@@ -1,4 +1,4 @@
-"""What commands share: work spread over processes that may fail or be killed."""
+"""What commands share: exit codes, and work spread over processes that may fail or be killed."""
 import multiprocessing
 import os
 import signal
@@ -21,6 +21,11 @@ def die_at_seven(n: int) -> int:
     if n == 7:
         os.kill(os.getpid(), signal.SIGKILL)       # as the kernel does when memory is short
     return n
+
+
+def test_standard_output_may_be_closed(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.run(lambda: print("to nobody")) == 0
 
 
 @pytest.mark.parametrize("n_jobs, chunk_size", [(1, 1), (2, 1), (3, 7)])

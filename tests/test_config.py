@@ -13,7 +13,7 @@ TINY = Path(__file__).parent / "golden" / "tiny" / "config.json"
     ("model", "d_embedding", None, "missing key model.d_embedding (int)"),
     ("model", "d_embedding", "64", "model.d_embedding must be of type int, not \"64\""),
     ("model", "n_heads", 3, "multiple of n_heads"),
-    ("model", "n_layers", 0, "n_layers must be at least 1"),
+    ("model", "n_layers", 0, "n_layers must be from 1 to 65536, not 0"),
     ("model", "qkv_bias", 0, "model.qkv_bias must be of type bool"),
     ("model", "dropout", 0.1, "unknown key model.dropout"),
     ("train", "peak_lr", True, "train.peak_lr must be of type float"),
@@ -26,6 +26,10 @@ TINY = Path(__file__).parent / "golden" / "tiny" / "config.json"
     ("train", "optimizer", "sgd", "train.optimizer must be adamw or muon, not 'sgd'"),
     ("train", "n_candidates", 9, "train.n_candidates must be 0, for all pieces, or from"),
     ("train", "momentum", 0.9, "unknown key train.momentum"),
+    ("train", "peak_lr", 10**400, "train.peak_lr must be below 2**63, not 1000"),
+    ("model", "d_embedding", 10**21, "model.d_embedding must be below 2**63"),
+    ("train", "seed", 2**64, "train.seed must be below 2**63"),
+    ("model", "vocab_size", 70_000, "model.vocab_size must be from 1 to 65536, not 70000"),
 ])
 def test_bad_configs_name_the_file_and_the_key(tmp_path, section, key, value, message):
     config = json.loads(TINY.read_text())

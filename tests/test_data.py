@@ -1,4 +1,4 @@
-"""Bulletins as tokens: the tokenizer, the cached encoding, batches of near-equal length, and what bad input says."""
+"""Bulletins as tokens: the tokenizer, the cached encoding, random batches, and what bad input says."""
 import lzma
 import shutil
 from pathlib import Path
@@ -181,6 +181,17 @@ def test_encoded_once(folder, monkeypatch, lines):
     assert n == 4 and len(other_tokenizer.ids) > len(other_text.ids) and other_tokenizer.ids.max() < 400
     assert load()[0] == 4
     assert not list((folder / ".tokens").glob("*.partial"))
+
+
+@pytest.mark.parametrize("name, spoil", [
+    (".ids", lambda content: b""), (".ids", lambda content: content[:-1]), (".ids", lambda content: content[:-2]),
+    (".npy", lambda content: b""), (".npy", lambda content: content[:-8]), (".json", lambda content: b"")])
+def test_a_damaged_cache_is_named(folder, name, spoil):
+    load_split(folder, "train", folder / "tokenizer.model", CONTEXT)
+    path, = (folder / ".tokens").glob(f"*{name}")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path.stem}\.\*: not the tokens that were kept there; delete these files"):
+        load_split(folder, "train", folder / "tokenizer.model", CONTEXT)
 
 
 def test_a_corpus_that_cannot_be_written_to_is_encoded_in_the_working_directory(folder, tmp_path, monkeypatch):

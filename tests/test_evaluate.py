@@ -12,6 +12,7 @@ import bulletins
 import evaluate
 import judgements as judged
 import quality
+import reports
 from config import Config
 from model import GPT
 
@@ -179,6 +180,24 @@ REVISED = {
     'Sure: {"notes": "Its \'evaluation\': 3} is odd.", "evaluation": 4}': 4,
     'Fine.\nEvaluation: 3\nThat is harsh.", "evaluation": 4}': 4,
     'I think {"evaluation": 1}.\n</think>\n{"notes": "Fine.", "evaluation": 4}': 4,
+    **{f'{opening}A 2? {{"evaluation": 2}}{closing}\n{{"notes": "Fine.", "evaluation": 4}}': 4 for opening, closing in (
+        ("<thinking>", "</thinking>"), ("<Think>", "</Think>"), ("<seed:think>", "</seed:think>"),
+        ("[THINK]", "[/THINK]"), ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+        ("<|channel|>analysis<|message|>", "<|end|><|channel|>final<|message|>"))},
+    'The word "odd".", "grammar": {"evaluation": 5}, "logic": {"evaluation": 2}, "evaluation": 3}': 3,
+    '{"notes": "The "odd" word.", "evaluation": 4, "scores": {"evaluation": 2}}': 4,
+    'Fine.", evaluation: 4}\n{"notes": "Other.", "evaluation": 2}': 4,
+    'Fine.\\", \\"evaluation\\": 4}\n{"notes": "Other.", "evaluation": 2}': 4,
+    'Fine.", evaluation: 4}</s>': 4,
+    '{"evaluation": {"notes": "Fine.", "evaluation": 4}}': 4,
+    '{"evaluation": 4, // one small fault\n "notes": "Fine."}': 4,
+    '{"evaluation": 4, # one small fault\n "notes": "Fine."}': 4,
+    '{"evaluation": "4 out of five"}': 4,
+    '{"evaluation": "4/5.00"}': 4,
+    '{"evaluation": "Evaluation: 4"}': 4,
+    '{"evaluation": "`4`"}': 4,
+    '{"evaluation": "__4__"}': 4,
+    'So "odd".", "evaluation": \ufeff4}': 4,
     'It says "go". "evaluation": 3.", "evaluation": 4}': 4,
     'It says "go". “evaluation”: 3.", "evaluation": 4}': 4,
     'The "go" and "evaluation": 3", "evaluation": 4}': 4,
@@ -192,6 +211,8 @@ UNSCORED = {
     " \n": "empty",
     "```json\n```": "no evaluation",
     "I cannot judge this.": "no evaluation",
+    '{"grammar": {"notes": "The "odd" word.", "evaluation": 5}, "logic": {"notes": "Good.", "evaluation": 2}}': "several",
+    'Fine.", "evaluation": "7 (\ud83d)"}': "outside 1 to 5: 7",
     "The story begins well, and then the": "cut off",
     'Fine.", "evalu': "cut off",
     'Fine.", "evaluation": ': "cut off",
@@ -259,6 +280,15 @@ UNSCORED = {
     "[" * 100_000: "cut off",
     '{"notes": ' * 100_000: "cut off",
 }
+
+
+@pytest.mark.parametrize("detectable, message", [
+    (math.nan, "Too few texts were judged"), (0.5, "THE RANKING MEANS NOTHING")])
+def test_a_judge_is_not_blamed_for_a_small_sample(capsys, detectable, message):
+    check = {"a": "real", "b": "damaged", "difference": 2.0, "low": 1.0, "high": 3.0, "p_holm": 0.19,
+             "is_separated": False, "smallest_detectable": detectable}
+    reports.print_controls({"checks": [check], "are_separated": False, "missing": []}, "difference")
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", [*SCORED, *REVISED])

@@ -235,6 +235,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(to, spoil, message, fo
     (lambda model: spoil_config(model, tinynews=None), "tinynews must be an object of keys, not null"),
     (lambda model: spoil_config(model, n_layer="2"), "model.n_layers must be of type int"),
     (lambda model: spoil_config(model, n_layer=99), "is missing"),
+    (lambda model: spoil_config(model, n_layer=1), "transformer.h.1.attn.c_attn.weight is not in the GPT2LMHeadModel"),
     (lambda model: spoil_config(model, n_positions=32), "transformer.wpe.weight is (64,"),
     (lambda model: (model / "model.safetensors").write_bytes(b"\0" * 100), "not a safetensors file"),
 ])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from config import Config
 from model import GPT
@@ -59,6 +59,23 @@ def test_rows_that_end_leave_the_batch_and_change_no_other(tiny):
     free = tiny.generate(prompts, 30, stop_id=None)
     stop_id = free[1][6]                     # a token that the second row writes early
     assert tiny.generate(prompts, 30, stop_id=stop_id) == [uncached(tiny, p, 30, stop_id) for p in prompts]
+
+
+def test_a_machine_without_onednn_writes_the_same(tiny, monkeypatch):
+    """Nor has a GPU its packed products."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    prompts = [[1], [1, 7, 9], [1, 30, 31, 32]]
+    assert tiny.generate(prompts, 20, stop_id=None) == [uncached(tiny, prompt, 20) for prompt in prompts]
+
+
+def test_any_number_of_tokens_may_be_asked_for(tiny):
+    n = tiny.config.context_length
+    assert tiny.generate([[1], [1, 7]], 10**15, stop_id=None) == tiny.generate([[1], [1, 7]], n, stop_id=None)
+
+
+def test_a_model_loaded_for_inference_alone_generates(tiny):
+    with torch.inference_mode():
+        assert GPT.from_pretrained(GOLDEN / "tiny").generate([[1]], 5) == tiny.generate([[1]], 5)
 
 
 def test_a_full_context_ends_the_row(tiny):
@@ -132,11 +149,11 @@ def test_filters_keep_what_they_say():
     from generation import Draw
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
 
-    def drawn(**options):
+    def drawn(logits=logits, **options):
         draw = Draw(2000, 1, 1.0, **{"top_k": None, "top_p": None, "min_p": None, **options}, seed=0, device="cpu")
         return draw(logits, torch.arange(2000), 0)
 
-    assert set(drawn(top_k=2).tolist()) == {0, 1}
+    assert set(drawn(top_k=2).tolist()) == {0, 1} and len(set(drawn(logits * 0, top_k=2).tolist())) == 2
     assert set(drawn(top_p=0.81).tolist()) == {0, 1, 2}
     assert set(drawn(top_p=0.5).tolist()) == {0}
     assert set(drawn(min_p=0.5).tolist()) == {0, 1}
@@ -235,8 +252,12 @@ def test_weights_of_another_shape_are_refused(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="ff.layers"):
         GPT.from_pretrained(tmp_path)
+    for weight in (torch.ones(3, dtype=torch.int8), torch.tensor([1.0, torch.nan])):
+        save_file({"a.scale": weight}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="model.safetensors: a.scale must hold finite floating-point numbers"):
+            GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(ValueError, match="model.safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors: not a safetensors file"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights"):

@@ -74,7 +74,7 @@ def command(small: Path, out: Path, *more) -> list[str]:
 def finished(small, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """A run that nobody disturbed."""
     out = tmp_path_factory.mktemp("finished") / "model"
-    done = subprocess.run(command(small, out, "--samples", 1), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command(small, out, "--samples", 1), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return out, done
 
@@ -241,10 +241,11 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, smal
     assert "started otherwise: train.peak_lr was 0.01, is 0.02\n" in capsys.readouterr().err
     assert train.main([*command(small, out, "--resume")[2:], "--config", str(finished[0])]) == 2
     assert "started otherwise: first_weights_sha256 was None, is " in capsys.readouterr().err
-    for broken in ("{", "[" * 100_000):
-        (out / "log.jsonl").write_text(broken)
+    for broken, message in ((b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"\xff", "not JSON"),
+                            (b"1", "expected an object with step"), (b"{}", "expected an object with step")):
+        (out / "log.jsonl").write_bytes(broken)
         assert train.main(command(small, out, "--resume")[2:]) == 2
-        assert "log.jsonl:1: not JSON" in capsys.readouterr().err
+        assert f"log.jsonl:1: {message}" in capsys.readouterr().err
     torch.save({"step": 1}, out / "checkpoint.pt")
     assert train.main(command(small, out, "--resume")[2:]) == 2
     assert "checkpoint.pt: not a checkpoint of a run" in capsys.readouterr().err
@@ -330,9 +331,11 @@ def test_a_run_that_diverges_is_no_success(small, tmp_path, capsys):
     config = json.loads((small / "config.json").read_text())
     config["train"]["peak_lr"] = 1e30
     (tmp_path / "wild.json").write_text(json.dumps(config))
-    start = command(small, tmp_path / "model", "--max-steps", 4, "--config", tmp_path / "wild.json")[2:]
-    assert train.main(start) == 2 and not (tmp_path / "model" / "model.safetensors").exists()
-    assert re.search(r"error: the loss is nan by step \d: training has diverged.*\n$", capsys.readouterr().err)
+    for n_steps in (4, 1):                     # in its last step too, whose own loss is still finite
+        out = tmp_path / f"of {n_steps}"
+        assert train.main(command(small, out, "--max-steps", n_steps, "--config", tmp_path / "wild.json")[2:]) == 2
+        assert re.search(r"error: the loss is nan by step 1: training has diverged.*\n$", capsys.readouterr().err)
+        assert not (out / "model.safetensors").exists() and not (out / "log.jsonl").read_text()
 
 
 def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys):
@@ -352,14 +355,14 @@ def test_out_of_memory_as_a_cpu_says_it_with_nothing_left_to_split(small, tmp_pa
     assert capsys.readouterr().err.endswith("error: out of memory on cpu: lower model.d_embedding or model.n_layers\n")
 
 
-@pytest.mark.parametrize("place", ["run.initialise", "run.Run.load_checkpoint", "train.finish"])
+@pytest.mark.parametrize("place", ["run.initialise", "torch.load", "train.finish"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), torch.AcceleratorError("CUDA error: out of memory\n...")])
 def test_out_of_memory_outside_of_a_step_is_one_line(small, tmp_path, monkeypatch, capsys, place, error):
     """Another program may hold the GPU before this one does."""
-    def full(*args):
+    def full(*args, **options):
         raise error
     monkeypatch.setattr(place, full)
-    if place == "run.Run.load_checkpoint":
+    if place == "torch.load":
         (tmp_path / "checkpoint.pt").touch()
     assert train.main(command(small, tmp_path, "--resume", "--max-steps", 1)[2:]) == 1
     assert capsys.readouterr().err.endswith("error: out of memory: end other programs that use the device, or lower "
@@ -436,6 +439,19 @@ def test_processes_that_would_do_otherwise_than_the_first_are_told(small, tmp_pa
     assert forked.exit_codes(ranks) == [2, 2]
     assert all((tmp_path / rank).read_text().endswith("PyTorch; each node needs the same\n") for rank in "01")
     assert not (tmp_path / "model").exists()
+
+
+def no_tensorboard_on_the_first() -> None:
+    if os.environ["RANK"] == "0":
+        sys.modules["torch.utils.tensorboard"] = None
+
+
+def test_a_process_says_in_one_line_that_another_has_ended(small, tmp_path):
+    start = command(small, tmp_path / "model", "--tensorboard")[2:]
+    ranks = forked.start_ranks(2, start, tmp_path, no_tensorboard_on_the_first)
+    assert forked.exit_codes(ranks) == [2, 1]
+    assert (tmp_path / "0").read_text() == "error: --tensorboard: not installed; pip install tensorboard\n"
+    assert (tmp_path / "1").read_text().endswith("error: another process of this run has ended; its own line says why\n")
 
 
 def signal_second(step: int, number: int, n_times: int = 1) -> None:
