@@ -1,5 +1,6 @@
 """What every command does the same way: exit codes, stopping by Ctrl-C or SIGTERM, locking a folder, processes."""
 import argparse
+import multiprocessing
 import signal
 import sys
 from collections import deque
@@ -80,6 +81,7 @@ def start_workers(n_jobs: int, chunk_size: int = 1) -> Iterator[Callable[[Callab
     if n_jobs == 1:
         yield map
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(n_jobs, initializer=restore_signals)
     # In run() both signals raise KeyboardInterrupt; a worker forked there could print that, or swallow it and never
     # end. So both are blocked while the processes start, until they have handlers of their own.
@@ -92,6 +94,10 @@ def start_workers(n_jobs: int, chunk_size: int = 1) -> Iterator[Callable[[Callab
         yield partial(spread, pool, 2 * n_jobs, chunk_size)
     except BrokenProcessPool:
         raise ChildProcessError("a worker process was killed; was memory short?") from None
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()                 # nobody waits for what it is at
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

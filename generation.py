@@ -143,6 +143,16 @@ def plain_linear(linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     return partial(F.linear, weight=linear.weight, bias=linear.bias)
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return what scaled_dot_product_attention does for one query a row, [B, H, 1, D]; bias [B, 1, 1, S] or None.
+
+    On a CPU, its own kernel splits the sum over S among the threads: the last bits, and now and then a token of the
+    text, would depend on how many there are.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)                                  # (B, H, 1, S)
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
 class Decoder:
     """What GPT.hidden and GPT.out_head compute, written flat: in a step of one row, a tenth goes into calling modules.
 
@@ -161,12 +171,12 @@ class Decoder:
         """Return the states that the output head reads, [B, T, C], as GPT.hidden does."""
         n_rows, n_tokens = ids.shape
         x = (self.tok_emb(ids) + self.pos_emb(positions)).flatten(0, 1)                     # (B, T) -> (BT, C)
-        is_causal = mask is None and n_tokens > 1
         for layer, (norm1, qkv, proj, norm2, up, down) in enumerate(self.blocks):
             heads = qkv(norm1(x)).view(n_rows, n_tokens, 3, self.n_heads, -1)               # -> (B, T, 3, H, D)
             q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()                                 # -> 3 x (B, H, T, D)
             k, v = cache.extend(layer, k, v)                                                # -> (B, H, S, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+            y = attend(q, k, v, mask) if n_tokens == 1 else F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None)
             x = x + proj(y.transpose(1, 2).reshape(x.shape))                                # (B, H, T, D) -> (BT, C)
             x = x + down(F.gelu(up(norm2(x))))
         return self.final_norm(x).view(n_rows, n_tokens, -1)

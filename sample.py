@@ -9,7 +9,8 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator
-from itertools import islice
+from functools import cache, partial
+from itertools import count, islice
 
 import torch
 from tqdm import tqdm
@@ -41,18 +42,33 @@ def headlines_of(texts: list[str] | None) -> list[str | None]:
     return headlines
 
 
-def write(model: GPT, tokenizer, prompts: Iterator[list[int]], args: argparse.Namespace) -> Iterator[dict]:
-    """Yield a bulletin for each prompt, batch after batch; bulletin i is the same whatever the size of the batches."""
-    context = model.config.context_length
-    seed = args.seed << 32                     # bulletin i draws with seed + i: two seeds of a user must not meet
-    while batch := list(islice(prompts, BATCH_SIZE)):
-        rows = model.generate(batch, context - min(map(len, batch)), args.temperature, args.top_k, args.top_p,
-                              args.min_p, no_repeat=args.no_repeat or None, stop_id=tokenizer.eos_id(), seed=seed)
-        seed += len(batch)
-        for row in rows:
-            headline, story = bulletin_of_ids(tokenizer, row[:context])
-            yield {"headline": headline, "story": story, "finished": len(row) < context}
-        print(end="", flush=True)
+load_model = cache(GPT.from_pretrained)        # once in each process
+
+
+def continue_batch(model: tuple, n_threads: int, options: dict, prompts_and_seed: tuple[list, int]) -> list[list[int]]:
+    """Return the ids of a batch of bulletins; model is what load_model takes."""
+    torch.set_num_threads(n_threads)
+    prompts, seed = prompts_and_seed
+    return load_model(*model).generate(prompts, seed=seed, **options)
+
+
+def write(model: tuple, n_jobs: int, tokenizer, prompts: Iterator[list[int]], args: argparse.Namespace) -> Iterator[dict]:
+    """Yield a bulletin for each prompt; bulletin i is the same whatever the size of the batches.
+
+    The batches are spread over processes that share the threads: a small model's products are too small to be split.
+    """
+    context = load_model(*model).config.context_length
+    options = {"max_new_tokens": context, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+               "min_p": args.min_p, "no_repeat": args.no_repeat or None, "stop_id": tokenizer.eos_id()}
+    batches = iter(lambda: list(islice(prompts, BATCH_SIZE)), [])
+    seeds = count(args.seed << 32, BATCH_SIZE)  # bulletin i draws with seed + i: two seeds of a user must not meet
+    generate = partial(continue_batch, model, torch.get_num_threads() // n_jobs, options)
+    with cli.start_workers(n_jobs) as spread:
+        for rows in spread(generate, zip(batches, seeds)):
+            for row in rows:
+                headline, story = bulletin_of_ids(tokenizer, row[:context])
+                yield {"headline": headline, "story": story, "finished": len(row) < context}
+            print(end="", flush=True)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -65,12 +81,13 @@ def sample(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype] if args.dtype else faster_dtype(device)
     folder = find_folder(args.model, "model", FILES)
-    model = GPT.from_pretrained(folder, dtype, device)
-    tokenizer = load_tokenizer(folder / "tokenizer.model", model.config.vocab_size)
-    prompts = [prompt_of(tokenizer, headline, model.config.context_length) for headline in headlines_of(args.headline)]
+    config = load_model(folder, dtype, device).config
+    tokenizer = load_tokenizer(folder / "tokenizer.model", config.vocab_size)
+    prompts = [prompt_of(tokenizer, headline, config.context_length) for headline in headlines_of(args.headline)]
     n_each = args.n or (1 if args.headline else 3)
     n = len(prompts) * n_each
-    bulletins = write(model, tokenizer, (prompt for prompt in prompts for _ in range(n_each)), args)
+    n_jobs = 1 if device.type == "cuda" else min(torch.get_num_threads(), -(-n // BATCH_SIZE))
+    bulletins = write((folder, dtype, device), n_jobs, tokenizer, (p for p in prompts for _ in range(n_each)), args)
     for bulletin in tqdm(bulletins, total=n, unit="bulletin", disable=None if n > BATCH_SIZE else True):
         if args.json:
             print(json.dumps(bulletin))

@@ -50,6 +50,19 @@ def test_an_error_or_a_kill_in_a_process_ends_the_work(function, error):
     assert multiprocessing.active_children() == []
 
 
+def never_end_above_zero(n: int) -> int:
+    while n:
+        signal.pause()
+    return n
+
+
+def test_who_is_stopped_waits_for_no_process():
+    with pytest.raises(KeyboardInterrupt), cli.start_workers(2) as spread:
+        assert next(iter(spread(never_end_above_zero, range(9)))) == 0
+        raise KeyboardInterrupt
+    assert multiprocessing.active_children() == []
+
+
 def test_a_process_killed_while_it_has_nothing_to_do(capsys):
     def command() -> None:
         with cli.start_workers(2) as spread:

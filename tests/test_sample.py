@@ -3,7 +3,9 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +109,17 @@ def test_a_seed_writes_the_same_whatever_the_batch(write, monkeypatch):
     assert len({b["story"] for b in first}) == 8
     assert bulletins_of(write(*options)) != bulletins_of(write(*options))          # without one, new ones each time
     monkeypatch.setattr(sample, "BATCH_SIZE", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)                       # so, a process for each batch
     assert bulletins_of(write(*options, "--seed", 5)) == first
+
+
+def test_ctrl_c_ends_the_processes_that_write(model):
+    process = subprocess.Popen([sys.executable, "sample.py", "--model", str(model), "-n", "100000"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)           # the pipe closes once no process holds it any more
+    assert (process.returncode, err) == (130, "stopped\n")
 
 
 def test_temperature_0_takes_the_likeliest_and_so_does_top_k_1(write):
