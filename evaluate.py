@@ -9,8 +9,8 @@ quality  Reads bulletins (sample.py --json, or corpus lines) and the corpus; pri
          beside the same measure on held-out bulletins. No key, no network, no model.
 Writes:  results to standard output, as text or with --json; report --plot FILE draws the means.
 Run:     python evaluate.py loss
-         python evaluate.py report --judgements judgements.json         # 6 names of 128 answers: 5 s on 2 CPU cores
-         python evaluate.py quality --samples samples.jsonl             # 700 samples, 39,000 training bulletins: 26 s
+         python evaluate.py report --judgements judgements.json
+         python evaluate.py quality --samples samples.jsonl
 """
 import argparse
 import math

@@ -4,7 +4,7 @@ Reads:   a corpus folder with its report.json, the raw answers that it was clean
 Writes:  README.md of the corpus folder, only between its lines "<!-- figures -->" and "<!-- end of figures -->"; with
          --spot-check nothing, but bulletins as the teacher wrote them to standard output; with --by-teacher DIR the
          held-out bulletins of each teacher, as evaluate.py loss --data reads them.
-Run:     python dev/dataset_card.py        # 40,305 bulletins: 27 s of CPU time
+Run:     python dev/dataset_card.py
 """
 import argparse
 import random

@@ -1,4 +1,7 @@
-"""A corpus enlarged by machine, as large as wanted and as mixed as a teacher's, to measure the cleaning on."""
+"""A corpus enlarged by machine, as large as wanted and as mixed as a teacher's, to measure the cleaning on.
+
+Not a command: `dev/benchmark.py data` calls it.
+"""
 import random
 from collections.abc import Iterator
 

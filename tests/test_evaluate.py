@@ -57,6 +57,7 @@ SCORED = {
     '{"notes": "Fine.", "evaluation": "Score: 4"}': 4,
     '{"notes": "Fine.", "evaluation": "4.0/5.0"}': 4,
     '{"notes": "Fine.", "evaluation": "4 of 5 stars"}': 4,
+    '{"notes": "Fine.", "evaluation": "4 stars out of 5"}': 4,
     'So "odd".", "evaluation": "4 - good"}': 4,
     'Fine.", "evaluation": 4 because it is fine}': 4,
     # half points are read as they stand, never cut to 3
