@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                                "(default: %(default)s)")
     measures.add_argument("--max-bulletins", type=int, default=1000, metavar="N",
                           help="take a random N if there are more samples or held-out bulletins (default: %(default)s)")
-    measures.add_argument("--smollm2-bulletins", type=cli.at_least(int, 0), default=128, metavar="N",
+    measures.add_argument("--smollm2-bulletins", type=cli.at_least(int, 0), default=64, metavar="N",
                           help="bulletins of each set that SmolLM2-135M reads, if installed (default: %(default)s)")
     measures.add_argument("--json", action="store_true", help="print JSON")
     measures.set_defaults(run=run_quality)

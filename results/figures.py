@@ -38,12 +38,17 @@ def read_json(path: Path) -> dict | None:
 
 
 def corpora(runs: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """Yield (name, runs) for each corpus and vocabulary: only losses on the same two can be compared."""
-    groups: dict[tuple[str, int], list[dict]] = {}
+    """Yield (name, runs) for each corpus, vocabulary and optimizer: only with the same three do sizes compare."""
+    groups: dict[tuple[str, int, str], list[dict]] = {}
     for run in runs:
-        groups.setdefault((run["train_sha256"][:6], run["config"]["model"]["vocab_size"]), []).append(run)
-    for (digest, vocab_size), members in groups.items():
-        yield f"corpus {digest}, {vocab_size:,} pieces", members
+        key = run["train_sha256"][:6], run["config"]["model"]["vocab_size"], optimizer_of(run)
+        groups.setdefault(key, []).append(run)
+    for (digest, vocab_size, optimizer), members in groups.items():
+        yield f"corpus {digest}, {vocab_size:,} pieces, {optimizer}", members
+
+
+def optimizer_of(run: dict) -> str:
+    return run["config"]["train"].get("optimizer", "adamw")
 
 
 def loss_of(run: dict) -> tuple[float, float, float]:
@@ -81,12 +86,12 @@ def table_of_runs(runs: list[dict]) -> str:
     for run in runs:
         loss, low, high = loss_of(run)
         train = run["config"]["train"]
-        rows.append([run["name"], f"{run['n_parameters']:,}", train.get("seed", 0), f"{run['n_bulletins']:,}",
-                     f"{run['n_tokens'] * train['n_epochs']:,}", f"{run['n_steps']:,}",
+        rows.append([run["name"], f"{run['n_parameters']:,}", optimizer_of(run), train.get("seed", 0),
+                     f"{run['n_bulletins']:,}", f"{run['n_tokens'] * train['n_epochs']:,}", f"{run['n_steps']:,}",
                      f"{run['elapsed_s'] / 60:.1f}", run["hardware"], f"{loss:.3f}", f"{low:.3f} to {high:.3f}",
                      f"{run['loss']['bits_per_byte']:.3f}" if run["loss"] else "-"])
-    return markdown(["run", "parameters", "seed", "bulletins", "tokens seen", "steps", "minutes", "on", "loss",
-                     "95% interval", "bits per byte"], rows)
+    return markdown(["run", "parameters", "optimizer", "seed", "bulletins", "tokens seen", "steps", "minutes", "on",
+                     "loss", "95% interval", "bits per byte"], rows)
 
 
 def table_of_retention(runs: list[dict]) -> str:
@@ -191,16 +196,23 @@ def plot_overfitting(runs: list[dict]):
 
 def plot_quality(runs: list[dict], measures: list[str]):
     """Draw measures against parameters with 95% intervals; the line is the same measure on held-out bulletins."""
-    measured = [run for run in runs if run["quality"]]
-    figure, grid = panels(len(measures))
+    groups = list(corpora([run for run in runs if run["quality"]]))
+    figure, grid = panels(len(measures) + 1)
     for axes, name in zip(grid, measures):
-        for run in measured:
-            sets = run["quality"]["measures"].get(name)
-            if sets and sets["samples"]["value"] is not None:
-                value, low, high = (sets["samples"][key] for key in ("value", "low", "high"))
-                reach = [[0], [0]] if low is None else [[value - low], [high - value]]
-                axes.errorbar([run["n_parameters"]], [value], yerr=reach, fmt="o", capsize=3, color="tab:blue")
-                axes.axhline(sets["held_out"]["value"], color="tab:green", linewidth=1)
+        for number, (_, members) in enumerate(groups):
+            for run in members:
+                sets = run["quality"]["measures"].get(name)
+                if sets and sets["samples"]["value"] is not None:
+                    value, low, high = (sets["samples"][key] for key in ("value", "low", "high"))
+                    reach = [[0], [0]] if low is None else [[value - low], [high - value]]
+                    axes.errorbar([run["n_parameters"]], [value], yerr=reach, fmt="o", capsize=3, color=f"C{number}")
+                    axes.axhline(sets["held_out"]["value"], color="grey", linewidth=1)
         axes.set(title=name.replace("_", " "), xscale="log", xlabel="parameters")
         axes.title.set_fontsize(9)
+    legend = grid[len(measures)]
+    for number, (name, _) in enumerate(groups):
+        legend.plot([], [], "o", color=f"C{number}", label=name)
+    legend.plot([], [], color="grey", label="held-out bulletins")
+    legend.axis("off")
+    legend.legend(loc="center")
     return figure

@@ -62,7 +62,7 @@ def test_the_notebook_takes_the_runs_that_are_there(tmp_path):
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": RESULTS}}).execute()
     outputs = [output.get("data", {}) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     tables = "\n".join(data.get("text/markdown", "") for data in outputs)
-    assert "| large | 100,000 | 0 | 10 | 1,800 | 5 | 1.0 | none | 3.000 | nan to nan | - |" in tables
+    assert "| large | 100,000 | adamw | 0 | 10 | 1,800 | 5 | 1.0 | none | 3.000 | nan to nan | - |" in tables
     assert "| ends_properly | 0.50 (0.40 to 0.60) | 0.50 (0.40 to 0.60) | 0.50 (0.40 to 0.60) |" in tables
     assert "a story by small-1." in tables and sum("image/png" in data for data in outputs) == 4
 
