@@ -6,7 +6,7 @@ judge    Reads bulletins of models (sample.py --json) and the corpus; asks a lar
          it stopped.
 report   Reads a judge's answers, {name: [answer, ...]}; prints means, 95% intervals, tests of every pair.
 quality  Reads bulletins (sample.py --json, or corpus lines) and the corpus; prints measures that need no judge, each
-         beside the same measure on held-out bulletins. No key, no network, no model.
+         beside the same measure on held-out bulletins. No key, no network; SmolLM2, if installed, takes minutes.
 Writes:  results to standard output, as text or with --json; report --plot FILE draws the means.
 Run:     python evaluate.py loss
          python evaluate.py report --judgements judgements.json
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     judge.add_argument("--temperature", type=cli.at_least(float, 0), default=0.7,
                        help="of the judge; at 0, repeats show nothing (default: %(default)s)")
     judge.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
-    servers.add_arguments(judge)
+    servers.add_arguments(judge, judging.DEFAULT_MODEL)
     judge.set_defaults(run=run_judge)
 
     report = commands.add_parser("report", help="means, intervals and tests of a judge's answers")

@@ -1,4 +1,4 @@
-"""Have a large language model write news bulletins, ten per request; a whole corpus is about 100,000 requests.
+"""Have a large language model write news bulletins, ten per request; 1,000 accepted bulletins take about 125 requests.
 
 Reads:   vocabulary.json (seed words), few_shot_examples.json; OPENROUTER_API_KEY from the environment or .env.
 Writes:  --out/generated.jsonl: raw answers, one JSON object a line, appended the moment they arrive, never rewritten;
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show one prompt and what the run would cost, and stop")
     parser.add_argument("--vocabulary", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     parser.add_argument("--examples", type=Path, default=Path("few_shot_examples.json"), help="default: %(default)s")
-    servers.add_arguments(parser)
+    servers.add_arguments(parser, DEFAULT_MODEL)
     args = parser.parse_args(argv)
     return cli.run(lambda: generate(args))
 

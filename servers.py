@@ -33,10 +33,10 @@ class Model:
     speaks_openrouter: bool = False    # it is OpenRouter or lists prices as it does; others may refuse its options
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, default_model: str) -> None:
     """Add the flags of every command that asks a chat server."""
-    parser.add_argument("--model",
-                        help="model to ask (default: on OpenRouter the command's own, else the only one listed)")
+    parser.add_argument("--model", help=f"model to ask (default: {default_model} on OpenRouter, else the only one "
+                                        "that the server lists)")
     parser.add_argument("--base-url", default=OPENROUTER, help="any OpenAI-compatible server (default: %(default)s)")
     parser.add_argument("--concurrency", type=cli.at_least(int, 1), default=64, metavar="N",
                         help="most requests in flight (default: %(default)s)")

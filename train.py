@@ -251,9 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--micro-batch-size", type=int, metavar="N",
                         help="bulletins of a batch that a device reads at once; "
                         "fewer need less memory and end in the same loss (default: all of them)")
-    parser.add_argument("--max-steps", type=int, help="end after this many steps; the schedule spans them")
+    parser.add_argument("--max-steps", type=int, help="end after this many steps; the schedule ends there too")
     parser.add_argument("--max-minutes", type=float,
-                        help="end after this many minutes of training; the schedule spans them")
+                        help="end after this many minutes of training; the schedule ends there too")
     parser.add_argument("--eval-every", type=int, metavar="STEPS", help=f"default: {N_EVALUATIONS} times in the run")
     parser.add_argument("--samples", type=int, default=1, metavar="N",
                         help="bulletins shown at each evaluation (default: %(default)s)")

@@ -158,8 +158,8 @@ def vocabulary_of(words: Counter, seeds: list[list[str]], written: list[Written]
     return {"words": f"{n_words:,}", "different words": f"{len(words):,}",
             "of these standing once": f"{sum(n == 1 for n in words.values()) / len(words):.1%}",
             "text made of the 1,000 most common words": f"{sum(n for _, n in words.most_common(1000)) / n_words:.1%}",
-            "seed lists of which a form stands in the corpus": f"{in_text / len(seeds):.1%} of {len(seeds):,}",
-            "seed lists of which a form was asked for, and its bulletin stands": f"{of_asked / len(seeds):.1%}",
+            "seed words that occur in the corpus, in any form": f"{in_text / len(seeds):.1%} of {len(seeds):,}",
+            "seed words with an accepted bulletin of their own": f"{of_asked / len(seeds):.1%}",
             "headlines that hold their seed word": f"{holding / len(written):.1%} of {len(written):,}",
             "headlines that hold it in any form of its list": f"{holding_form / len(written):.1%}"}
 

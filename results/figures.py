@@ -87,7 +87,7 @@ def table_of_runs(runs: list[dict]) -> str:
         loss, low, high = loss_of(run)
         train = run["config"]["train"]
         rows.append([run["name"], f"{run['n_parameters']:,}", optimizer_of(run), train.get("seed", 0),
-                     f"{run['n_bulletins']:,}", f"{run['n_tokens'] * train['n_epochs']:,}", f"{run['n_steps']:,}",
+                     f"{run['n_bulletins']:,}", f"{run['n_tokens_seen']:,}", f"{run['n_steps']:,}",
                      f"{run['elapsed_s'] / 60:.1f}", run["hardware"], f"{loss:.3f}", f"{low:.3f} to {high:.3f}",
                      f"{run['loss']['bits_per_byte']:.3f}" if run["loss"] else "-"])
     return markdown(["run", "parameters", "optimizer", "seed", "bulletins", "tokens seen", "steps", "minutes", "on",

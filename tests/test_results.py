@@ -42,7 +42,7 @@ def test_the_notebook_takes_the_runs_that_are_there(tmp_path):
                                      ("large", 100_000, 3.0)):
         folder = tmp_path / name
         folder.mkdir()
-        run = {"val_loss": loss, "n_parameters": n_parameters, "n_bulletins": 10, "n_tokens": 900, "n_steps": 5,
+        run = {"val_loss": loss, "n_parameters": n_parameters, "n_bulletins": 10, "n_tokens_seen": 1800, "n_steps": 5,
                "elapsed_s": 60.0, "hardware": "none", "train_sha256": "0" * 64,
                "config": {"model": {"vocab_size": 512}, "train": {"n_epochs": 2}}}
         (folder / "run.json").write_text(json.dumps(run))

@@ -39,7 +39,7 @@ def test_which_key_goes_where(tmp_path, monkeypatch):
 
 def arguments(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    servers.add_arguments(parser)
+    servers.add_arguments(parser, MODEL)
     return parser.parse_args(options)
 
 
