@@ -17,11 +17,11 @@ from pathlib import Path
 from types import NoneType
 
 import cli
+from files import read_json
 
 SEED_WORDS = "seed_words"     # the field that says what was asked; other commands have a field of their own
 USAGE = ("prompt_tokens", "completion_tokens", "cost")
 EXAMPLE = re.compile(r"<h1>(.+)</h1><p>(.+)</p>")         # headline, story
-LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")           # from JSON such as "\ud800"; no file or terminal takes it
 
 
 def read_vocabulary(path: Path) -> list[list[str]]:
@@ -43,34 +43,6 @@ def read_examples(path: Path) -> dict[str, str]:
         if not isinstance(text, str) or not EXAMPLE.fullmatch(text):
             raise ValueError(f"{path}: {json.dumps(word)}: expected \"<h1>Headline</h1><p>Story</p>\", on one line")
     return examples
-
-
-def read_json(path: Path):
-    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file, also for a bad key."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=with_good_keys)
-    except BadKey as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-
-
-class BadKey(ValueError):
-    """A key stands twice in an object, of which json would keep the last alone, or cannot be printed."""
-
-
-def with_good_keys(members: list[tuple[str, object]]) -> dict:
-    """Return a JSON object of these members; raise BadKey if it has one."""
-    found = dict(members)
-    if len(found) < len(members):
-        keys = [key for key, _ in members]
-        raise BadKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
-    for key in found:
-        if LONE_SURROGATE.search(key):
-            raise BadKey(f"the key {key!r} holds half a character")
-    return found
 
 
 def requests_of_epoch(vocabulary: list[list[str]], epoch: int, seed: int,

@@ -126,9 +126,14 @@ def stems(text: str) -> set[str]:
     return {word[:5] for word in re.findall(r"[a-z]{3,}", text.lower()) if word not in STOP_WORDS}
 
 
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, in lower case: what similarity, novelty and repetition are counted in."""
+    return re.findall(r"[\w']+", text.lower())
+
+
 def repeats_itself(story: str) -> bool:
     """Tell whether a story doubles a word ("beautiful and beautiful") or says six words in a row twice."""
-    words = re.findall(r"[\w']+", story.lower())
+    words = words_of(story)
     runs = [tuple(words[i:i + 6]) for i in range(len(words) - 5)]
     return len(set(runs)) < len(runs) or DOUBLED.search(story.lower()) is not None
 

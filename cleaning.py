@@ -4,8 +4,6 @@ What a bulletin is and which rules it must keep is in bulletins.py, whose comman
 """
 import hashlib
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ import answers
 import bulletins
 import cli
 import corpus
-from bulletins import Acceptance, Bulletin, Verdict, bulletin_of, digests_of, judge_answer, line_of
-from files import sha256_of, write_beside
+from bulletins import Acceptance, Bulletin, Verdict, bulletin_of, digests_of, judge_answer, line_of, words_of
+from files import read_json, settle, sha256_of, write_beside
 
 TWIN_SIMILARITY = 0.5         # Jaccard similarity of word 3-grams at which two bulletins are near-duplicates
 VALIDATION_SHARE = 20         # one bulletin in this many goes to validation ...
@@ -41,7 +39,7 @@ class TwinFinder:
     def sketch(cls, bulletin: Bulletin):
         """Return the MinHash of the word 3-grams of a bulletin."""
         from rensa import RMinHash
-        words = re.findall(r"[\w']+", f"{bulletin.headline} {bulletin.story}".lower())
+        words = words_of(f"{bulletin.headline} {bulletin.story}")
         sketch = RMinHash(cls.N_PERMUTATIONS, seed=0)
         sketch.update([" ".join(words[i:i + 3]) for i in range(len(words) - 2)])
         return sketch
@@ -119,17 +117,21 @@ def write_corpus(raw: Path, out: Path, n_jobs: int) -> dict:
     report_path, sources = out / "report.json", sources_of(raw, out)
     names = ["train.txt", "validation.txt", "rejected.jsonl"]
     if report_path.exists() and all((out / name).exists() for name in names):
-        report = answers.read_json(report_path)
+        report = read_json(report_path)
         if isinstance(report, dict) and report.items() >= sources.items():
             return report
     out.mkdir(parents=True, exist_ok=True)
     partials = {name: out / f"{name}.partial" for name in names}
-    with (open(partials["train.txt"], "w", encoding="utf-8") as train,
-          open(partials["validation.txt"], "w", encoding="utf-8") as validation,
-          open(partials["rejected.jsonl"], "w", encoding="utf-8") as fallen):
-        counts = write_splits(raw, out, n_jobs, train, validation, fallen)
-    for name in names:
-        os.replace(partials[name], out / name)
+    try:
+        with (open(partials["train.txt"], "w", encoding="utf-8") as train,
+              open(partials["validation.txt"], "w", encoding="utf-8") as validation,
+              open(partials["rejected.jsonl"], "w", encoding="utf-8") as fallen):
+            counts = write_splits(raw, out, n_jobs, train, validation, fallen)
+        for name in names:
+            settle(partials[name], out / name)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
     return write_report(out, {**counts, **sources})
 
 
@@ -205,5 +207,5 @@ def publish(out: Path, shard_size: int) -> list[Path]:
     """Compress a corpus just cleaned into new published files and return them; the report stays up to date."""
     new = corpus.publish(out, shard_size)
     # Not the fingerprint too: answers that have come since the cleaning are in no file yet.
-    write_report(out, {**answers.read_json(out / "report.json"), "published": sha256_of_published(out)})
+    write_report(out, {**read_json(out / "report.json"), "published": sha256_of_published(out)})
     return new

@@ -1,11 +1,12 @@
 """What every command does the same way: exit codes, stopping by Ctrl-C or SIGTERM, locking a folder, processes."""
 import argparse
+import fcntl
 import multiprocessing
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -44,7 +45,7 @@ def run(command: Callable[[], None]) -> int:
     return 0
 
 
-def at_least(kind: type, least: float):
+def at_least(kind: type, least: float) -> Callable[[str], float]:
     """Return an argparse type: a finite number of this kind, not below `least`."""
     def number(text: str):
         value = kind(text)
@@ -60,7 +61,6 @@ def hold(folder: Path) -> IO | None:
 
     The lock is the kernel's and goes with the process: a lock file that a kill leaves behind locks nothing.
     """
-    import fcntl                      # here, as Windows has none, and all else works there
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("w")
     try:
@@ -72,48 +72,55 @@ def hold(folder: Path) -> IO | None:
 
 
 @contextmanager
-def start_workers(n_jobs: int, chunk_size: int = 1) -> Iterator[Callable[[Callable, Iterable], Iterable]]:
+def start_workers(n_jobs: int, chunk_size: int = 1,
+                  method: str | None = None) -> Iterator[Callable[[Callable, Iterable], Iterable]]:
     """Yield a map() whose calls are spread over processes, chunk_size at a time; for one job, Python's own.
 
     Results come in order. Only a few chunks are read ahead, so that memory does not grow with the input where results
-    are taken slowly. Raises ChildProcessError if a process is killed.
+    are taken slowly. Processes start by `method`, else by the platform's: after a fork, PyTorch may use one thread, as
+    OpenMP would wait for ever for threads that stayed behind. Raises ChildProcessError if a process is killed.
     """
     if n_jobs == 1:
         yield map
         return
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(n_jobs, initializer=restore_signals)
-    # In run() both signals raise KeyboardInterrupt; a worker forked there could print that, or swallow it and never
-    # end. So both are blocked while the processes start, until they have handlers of their own.
+    others, unfinished = set(multiprocessing.active_children()), set()
+    pool = ProcessPoolExecutor(n_jobs, multiprocessing.get_context(method), restore_signals)
+    # In run() both signals raise KeyboardInterrupt; a worker that starts there could print that, or swallow it and
+    # never end. So both are blocked while the processes start, until they have handlers of their own.
     held = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
-        pool.submit(int)
+        started = [pool.submit(int) for _ in range(n_jobs)]                  # while none is idle, each starts one
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
     try:
-        yield partial(spread, pool, 2 * n_jobs, chunk_size)
+        for future in started:
+            future.result()
+        yield partial(spread, pool, unfinished, 2 * n_jobs, chunk_size)
     except BrokenProcessPool:
         raise ChildProcessError("a worker process was killed; was memory short?") from None
-    except BaseException:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()                 # nobody waits for what it is at
-        raise
     finally:
+        if unfinished:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()             # nobody waits for what it is at
         pool.shutdown(cancel_futures=True)
 
 
-def spread(pool: ProcessPoolExecutor, n_ahead: int, chunk_size: int, function: Callable, items: Iterable) -> Iterator:
+def spread(pool: ProcessPoolExecutor, unfinished: set[Future], n_ahead: int, chunk_size: int, function: Callable,
+           items: Iterable) -> Iterator:
     """Yield function(item) for every item, in order, with n_ahead chunks of items given to the pool at a time."""
     items, given = iter(items), deque()
     while True:
         while len(given) < n_ahead and (chunk := list(islice(items, chunk_size))):
             given.append(pool.submit(apply, function, chunk))
+            unfinished.add(given[-1])
+            given[-1].add_done_callback(unfinished.discard)
         if not given:
             return
         yield from given.popleft().result()
 
 
 def apply(function: Callable, chunk: list) -> list:
+    """Do what a worker is given: map() over a chunk."""
     return [function(item) for item in chunk]
 
 

@@ -8,6 +8,9 @@ import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from files import read_json
 
 MOST = 2**16                  # of any size of a model; token ids are kept in two bytes each
 
@@ -92,13 +95,13 @@ class Config:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such config; the published ones are configs/3M.json to "
                                     "configs/59M.json")
+        values = read_json(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(values, dict) and "model_type" in values:
                 raise ValueError(f"a model for transformers; python export.py --model {path.parent} --to tinynews "
                                  "--out DIR makes it one of ours")
             return from_json(cls, values, "")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_json(self) -> dict:
@@ -109,7 +112,7 @@ class Config:
                 for name, part in parts.items() if part is not None}
 
 
-def from_json(kind: type, values, where: str):
+def from_json(kind: type, values: Any, where: str) -> Any:
     """Build a config dataclass from JSON values, strictly; `where` is the path of keys that leads to them.
 
     Raises ValueError naming the key that is unknown, missing, of the wrong type or out of range.
@@ -128,7 +131,7 @@ def from_json(kind: type, values, where: str):
     return kind(**{name: checked(value, fields[name].type, prefix + name) for name, value in values.items()})
 
 
-def checked(value, kind, where: str):
+def checked(value: Any, kind: Any, where: str) -> Any:
     """Return a JSON value as the type of its field, or raise ValueError; an int may stand for a float."""
     kind = typing.get_args(kind)[0] if typing.get_args(kind) else kind        # TrainConfig | None -> TrainConfig
     if dataclasses.is_dataclass(kind):

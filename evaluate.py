@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-import answers
 import cleaning
 import cli
 import judging
@@ -29,6 +28,7 @@ import preferences
 import quality
 import servers
 import stats
+from files import read_json
 from judgements import read_judgements, report_of
 from reports import interval, number, plot_means, print_choices, print_json, print_scores, print_table
 
@@ -36,7 +36,7 @@ from reports import interval, number, plot_means, print_choices, print_json, pri
 
 
 def run_report(args: argparse.Namespace) -> None:
-    is_pairwise = isinstance(answers.read_json(args.judgements), list)
+    is_pairwise = isinstance(read_json(args.judgements), list)
     if is_pairwise and args.plot:
         raise ValueError("--plot draws mean scores; pairwise answers have none")
     if is_pairwise:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 import cli
 from config import Config, ModelConfig, TrainConfig, from_json
@@ -25,7 +24,7 @@ from data import load_tokenizer
 from files import write_json
 from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
-from model import BOS, EOS, GPT, PAD, load_weights
+from model import BOS, EOS, GPT, PAD, load_weights, save_weights
 from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
 
@@ -86,8 +85,7 @@ def write_transformers(folder: Path, out: Path) -> None:
     pieces = load_pieces(folder / "tokenizer.model", config.model.vocab_size)
     context_length = config.model.context_length
     weights = {name: turned(name, weight) for name, weight in weights_with_biases(model).items()}
-    # Not by save_file, which would let no other user read the file.
-    (out / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+    save_weights(out / "model.safetensors", weights, {"format": "pt"})
     write_json(out / "config.json", {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **GPT2_SETTINGS, "tie_word_embeddings": False,
         **{theirs: getattr(config.model, ours) for ours, theirs in GPT2_SIZES.items()}, **TOKEN_IDS,
@@ -112,8 +110,7 @@ def write_tinynews(folder: Path, out: Path) -> None:
                                 "--to transformers wrote")
     load_tokenizer(folder / "tokenizer.model", config.model.vocab_size)
     model = model_of_transformers(folder / "model.safetensors", config.model)
-    write_json(out / "config.json", Config(model.config, config.train).to_json())     # save_pretrained keeps the recipe
-    model.save_pretrained(out)
+    model.save_pretrained(out, config.train)
 
 
 def config_of_transformers(path: Path) -> Config:
@@ -142,9 +139,10 @@ def config_of_transformers(path: Path) -> Config:
 
 
 def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
-    """Load the weights of a GPT2LMHeadModel; raises ValueError naming one that is missing, too much or of another shape.
+    """Load the weights of a GPT2LMHeadModel.
 
-    The qkv biases are left out if all are zero and the config does not ask for them.
+    Raises ValueError naming one that is missing, too much or of another shape. The qkv biases are left out if all are
+    zero and the config does not ask for them.
     """
     weights = load_weights(path)
     has_bias = config.qkv_bias or any(bool(w.any()) for name, w in weights.items() if name.endswith("c_attn.bias"))

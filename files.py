@@ -1,9 +1,13 @@
-"""Files that are whole or not there: written beside their place, then renamed; and their hashes."""
+"""Files that are whole or not there: written beside their place, then renamed; their hashes; JSON read strictly."""
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")     # half a character, from JSON such as "\ud800"; UTF-8 cannot hold it
 
 
 def write_beside(path: Path, write: Callable[[Path], object]) -> None:
@@ -36,3 +40,31 @@ def write_json(path: Path, values: dict) -> None:
     text = json.dumps(values, indent=4, ensure_ascii=False) + "\n"
     # A path of the command line may hold bytes that are no UTF-8.
     write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; raise FileNotFoundError or ValueError naming the file, also for a bad key."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=with_good_keys)
+    except BadKey as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+class BadKey(ValueError):
+    """A key stands twice in an object, of which json would keep the last alone, or cannot be printed."""
+
+
+def with_good_keys(members: list[tuple[str, object]]) -> dict:
+    """Return a JSON object of these members; raise BadKey if it has one."""
+    found = dict(members)
+    if len(found) < len(members):
+        keys = [key for key, _ in members]
+        raise BadKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+    for key in found:
+        if LONE_SURROGATE.search(key):
+            raise BadKey(f"the key {key!r} holds half a character")
+    return found

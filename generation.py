@@ -4,6 +4,7 @@ One forward pass reads all prompts; each further pass writes a token in every ro
 are first reordered for oneDNN, which then reads each of them once and in one stream, for one row as for a hundred.
 """
 import copy
+import secrets
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -61,7 +62,7 @@ class Draw:
                  min_p: float | None, seed: int | None, device: torch.device):
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         if temperature > 0:
-            seed = torch.seed() % 2**62 if seed is None else seed
+            seed = secrets.randbits(62) if seed is None else seed
             dice = [np.random.default_rng(seed + row).random(n_steps, dtype=np.float32) for row in range(n_rows)]
             self.dice = torch.from_numpy(np.stack(dice)).to(device)       # [rows, steps], uniform in [0, 1)
 
@@ -90,7 +91,7 @@ class Draw:
 class KVCache:
     """Keys and values of the tokens read so far, for every layer, allocated once.
 
-    keys and values: [layers, B, H, capacity, D]. Columns 0 .. n_columns are filled. Rows may hold padding in front;
+    keys and values: [layers, B, H, capacity, D]. The first n_columns are filled. Rows may hold padding in front;
     which columns are real is the business of the attention mask.
     """
 
@@ -149,8 +150,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     On a CPU, its own kernel splits the sum over S among the threads: the last bits, and now and then a token of the
     text, would depend on how many there are.
     """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)                                  # (B, H, 1, S)
-    return (scores if bias is None else scores + bias).softmax(-1) @ v
+    scores = (q * q.shape[-1] ** -0.5).float() @ k.float().transpose(2, 3)                  # (B, H, 1, S)
+    return ((scores if bias is None else scores + bias).softmax(-1) @ v.float()).to(v.dtype)
 
 
 class Decoder:
@@ -175,8 +176,10 @@ class Decoder:
             heads = qkv(norm1(x)).view(n_rows, n_tokens, 3, self.n_heads, -1)               # -> (B, T, 3, H, D)
             q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()                                 # -> 3 x (B, H, T, D)
             k, v = cache.extend(layer, k, v)                                                # -> (B, H, S, D)
-            y = attend(q, k, v, mask) if n_tokens == 1 else F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None)
+            if n_tokens == 1 and q.device.type == "cpu":
+                y = attend(q, k, v, mask)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n_tokens > 1)
             x = x + proj(y.transpose(1, 2).reshape(x.shape))                                # (B, H, T, D) -> (BT, C)
             x = x + down(F.gelu(up(norm2(x))))
         return self.final_norm(x).view(n_rows, n_tokens, -1)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import answers
 import stats
+from files import read_json
 from verdicts import HIGHEST, LOWEST, Reading, read_answer
 
 ALPHA, POWER = 0.05, 0.8
@@ -37,7 +37,7 @@ def read_judgements(path: Path, is_paired: bool) -> tuple[dict[str, list[Judgeme
     belong together, within a name and between names, and an optional "sample" tells which are on the same bulletin.
     `is_paired` says that the answers of all names are on the same headlines, in the same order. Raises ValueError.
     """
-    by_name = answers.read_json(path)
+    by_name = read_json(path)
     if not isinstance(by_name, dict) or not by_name or not all(
             isinstance(value, list) and value for value in by_name.values()):
         raise ValueError(f"{path}: expected an object of name: [answer, ...], with at least one answer for each name")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import generation
-from config import Config, ModelConfig
+from config import Config, ModelConfig, TrainConfig
 from files import write_beside, write_json
 
 # Axes: B batch, T tokens, N real tokens (of the B * T), C d_embedding, H heads, D head size (C = H * D), V vocabulary
@@ -189,18 +189,25 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model.to(device=device, dtype=dtype or torch.float32).eval()
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(self, folder: Path | str, train: TrainConfig | None = None) -> None:
         """Write config.json and model.safetensors, each beside its place and renamed.
 
-        If the folder's config.json says how the model was trained, that is kept.
+        train says how the model was trained; without it, what the folder's config.json says of that is kept.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = Config.load(folder).train if (folder / "config.json").exists() else None
-        write_json(folder / "config.json", Config(self.config, recipe).to_json())
-        # Not by save_file, which would let no other user read the file.
-        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
-        write_beside(folder / "model.safetensors", lambda partial: partial.write_bytes(weights))
+        if train is None and (folder / "config.json").exists():
+            train = Config.load(folder).train
+        write_json(folder / "config.json", Config(self.config, train).to_json())
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_weights(folder / "model.safetensors", weights)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file beside its place and rename it."""
+    # Not by save_file, which would let no other user read the file.
+    content = save(weights, metadata)
+    write_beside(path, lambda partial: partial.write_bytes(content))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -13,13 +13,11 @@ import math
 import os
 import random
 import re
-import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import chain, count, islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -231,21 +229,15 @@ class Writer:
                 "score": round(score, 3)}
 
 
-_writer: Writer | None = None         # of this worker process, loaded with its first chunk
+@cache
+def load_writer(**settings) -> Writer:
+    return Writer(argparse.Namespace(**settings))
 
 
-def write_chunk(args: argparse.Namespace, asked: list[tuple[str, list[str]]]) -> list[dict]:
-    """Write one chunk in a worker process."""
-    global _writer
-    if _writer is None:
-        torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-        _writer = Writer(args)
-    return _writer.write(asked)
-
-
-def ignore_interrupts() -> None:
-    """Leave Ctrl-C to the process that started this worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def write_chunk(args: argparse.Namespace, n_threads: int, asked: list[tuple[str, list[str]]]) -> list[dict]:
+    """Write one chunk, with the models of this process."""
+    torch.set_num_threads(n_threads)
+    return load_writer(**vars(args)).write(asked)
 
 
 def open_chunks(args: argparse.Namespace, file: answers.AnswerFile) -> Iterator[list[tuple[str, list[str]]]]:
@@ -271,17 +263,17 @@ def write_all(args: argparse.Namespace, file: answers.AnswerFile, acceptance: Ac
     """Have the workers write chunk after chunk, and keep each as it comes, until enough bulletins are accepted."""
     # Processes, not threads: the threads of one process would wait for each other after every operation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # the cache, 2 GB, in pages of 2 MB, not 4 kB
-    chunks, pending = open_chunks(args, file), deque()
+    write = partial(write_chunk, args, max(1, os.cpu_count() // args.workers))
     bar = tqdm(total=args.bulletins, initial=acceptance.accepted, unit="bulletin", smoothing=0.1, disable=None)
-    with get_context("spawn").Pool(args.workers, ignore_interrupts) as pool, bar:
-        while acceptance.accepted < args.bulletins:
-            while len(pending) <= args.workers:
-                pending.append(pool.apply_async(write_chunk, (args, next(chunks))))
-            for answer in pending.popleft().get():
+    with cli.start_workers(args.workers, method="spawn") as spread, bar:
+        for written in spread(write, open_chunks(args, file)):
+            for answer in written:
                 file.append(answer)
                 acceptance.add(answer)
             bar.update(acceptance.accepted - bar.n)
             bar.set_postfix(rejected=acceptance.rejected.total())
+            if acceptance.accepted >= args.bulletins:
+                break
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -290,18 +282,20 @@ def main(argv: list[str] | None = None) -> int:
     tune = commands.add_parser("finetune", help="fine-tune SmolLM2 on the few-shot examples")
     tune.set_defaults(command=finetune)
     tune.add_argument("--out", type=Path, default=Path("teacher"), help="default: %(default)s")
-    tune.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
-    tune.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    tune.add_argument("--epochs", type=cli.at_least(int, 1), default=2, help="default: %(default)s")
+    tune.add_argument("--batch-size", type=cli.at_least(int, 1), default=16, help="default: %(default)s")
     tune.add_argument("--lr", type=float, default=1.5e-4, help="peak learning rate (default: %(default)s)")
     write = commands.add_parser("generate", help="write bulletins with the fine-tuned teacher")
     write.set_defaults(command=generate)
-    write.add_argument("--bulletins", type=int, default=1000,
+    write.add_argument("--bulletins", type=cli.at_least(int, 1), default=1000,
                        help="accepted bulletins wanted, over all runs on the same --out (default: %(default)s)")
     write.add_argument("--out", type=Path, default=Path("training_data/raw-offline"), help="default: %(default)s")
     write.add_argument("--teacher", type=Path, default=Path("teacher"), help="default: %(default)s")
-    write.add_argument("--batch-size", type=int, default=320, help="seed words at a time (default: %(default)s)")
-    write.add_argument("--workers", type=int, default=2, help="processes of 4 GB each (default: %(default)s)")
-    write.add_argument("--max-new-tokens", type=int, default=150, help="default: %(default)s")
+    write.add_argument("--batch-size", type=cli.at_least(int, 1), default=320,
+                       help="seed words at a time (default: %(default)s)")
+    write.add_argument("--workers", type=cli.at_least(int, 1), default=2,
+                       help="processes of 4 GB each (default: %(default)s)")
+    write.add_argument("--max-new-tokens", type=cli.at_least(int, 1), default=150, help="default: %(default)s")
     write.add_argument("--temperature", type=float, default=0.5, help="default: %(default)s")
     write.add_argument("--min-p", type=float, default=0.1, help="default: %(default)s")
     for each in (tune, write):

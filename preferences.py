@@ -7,8 +7,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-import answers
 import stats
+from files import read_json
 from judgements import ALPHA, DAMAGED, REAL, controls_of, with_holm
 from verdicts import read_better
 
@@ -23,10 +23,11 @@ class Preference(NamedTuple):
 def read_preferences(path: Path) -> list[Preference]:
     """Read [{"headline", "first", "second", "text"}, ...]; raise ValueError that names the entry."""
     preferences = []
-    for place, entry in enumerate(answers.read_json(path), 1):
+    for place, entry in enumerate(read_json(path), 1):
         fields = [entry.get(name) for name in ("headline", "first", "second")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(field, str) for field in fields) or not isinstance(entry.get("text"), str | None):
-            raise ValueError(f"{path}: entry {place}: expected headline, first, second and text, all strings")
+        if not all(isinstance(field, str) for field in fields) or not isinstance(entry.get("text", 0), str | None):
+            raise ValueError(f"{path}: entry {place}: expected headline, first, second and text, all strings "
+                             "(text null if no answer came)")
         preferences.append(Preference(*fields, read_better(entry["text"])))
     if not preferences:
         raise ValueError(f"{path}: no answers")

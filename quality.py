@@ -18,6 +18,8 @@ import bulletins
 import cleaning
 import corpus
 import stats
+from bulletins import words_of
+from files import LONE_SURROGATE
 
 DIVERSITY_ORDERS = (1, 2, 3, 4)
 NOVELTY_ORDERS = range(4, 11)
@@ -62,7 +64,7 @@ def sample_of(line: str, where: str) -> Sample:
     headline, story, finished = fields.get("headline"), fields.get("story"), fields.get("finished", True)
     if not (isinstance(headline, str) and isinstance(story, str) and isinstance(finished, bool)):
         raise ValueError(f"{where}: expected headline and story, both strings, and finished, true or false")
-    if answers.LONE_SURROGATE.search(headline + story):
+    if LONE_SURROGATE.search(headline + story):
         raise ValueError(f"{where}: headline or story holds half a character (a lone surrogate)")
     return Sample(bulletins.Bulletin(headline, story), finished)
 
@@ -74,10 +76,6 @@ def read_corpus(folder: Path, split: str) -> Iterator[Sample]:
 
 
 # ---------------------------------------------------------------- measures
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"[\w']+", text.lower())
 
 
 def n_grams(words: list[str], n: int) -> list[tuple[str, ...]]:

@@ -5,16 +5,16 @@ FINAL: no further try will succeed, and the user must be told what to do.
 """
 import json
 import math
-import re
 import sys
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
+from files import LONE_SURROGATE
+
 ANSWERED, FAILED, THROTTLED, FINAL = "answered", "failed", "throttled", "final"
 HOPELESS_IN_200 = (401, 402, 403, 404)        # any other error inside a 200 arose after the start: worth another try
 OF_ONE_PROMPT = (400, 403, 413, 422)          # FINAL, but the next prompt may be answered: moderation, content filters
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")     # half an emoji, where an answer was cut; UTF-8 cannot hold it
 ADVICE = {
     400: "the server cannot read the request; check --model and --provider-json",
     401: "set OPENROUTER_API_KEY (for other servers CHAT_API_KEY) in the environment or in .env",

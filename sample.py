@@ -6,13 +6,16 @@ Run:     python sample.py --headline "Storm closes schools along the coast"
 """
 import argparse
 import json
+import secrets
 import sys
 import textwrap
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import count, islice
+from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 import cli
@@ -42,58 +45,63 @@ def headlines_of(texts: list[str] | None) -> list[str | None]:
     return headlines
 
 
-load_model = cache(GPT.from_pretrained)        # once in each process
+Source = tuple[Path, torch.dtype, torch.device]                # what GPT.from_pretrained takes
+load_model = lru_cache(maxsize=1)(GPT.from_pretrained)         # a forked process finds it loaded
 
 
-def continue_batch(model: tuple, n_threads: int, options: dict, prompts_and_seed: tuple[list, int]) -> list[list[int]]:
-    """Return the ids of a batch of bulletins; model is what load_model takes."""
+def continue_batch(source: Source, options: dict, n_threads: int,
+                   batch: tuple[list[list[int]], int]) -> list[list[int]]:
+    """Return the ids of bulletins that begin with the prompts of a batch, drawn from its seed."""
     torch.set_num_threads(n_threads)
-    prompts, seed = prompts_and_seed
-    return load_model(*model).generate(prompts, seed=seed, **options)
+    prompts, seed = batch
+    return load_model(*source).generate(prompts, seed=seed, **options)
 
 
-def write(model: tuple, n_jobs: int, tokenizer, prompts: Iterator[list[int]], args: argparse.Namespace) -> Iterator[dict]:
-    """Yield a bulletin for each prompt; bulletin i is the same whatever the size of the batches.
+def write(source: Source, tokenizer: SentencePieceProcessor, prompts: Iterator[list[int]], n: int, seed: int,
+          options: dict) -> Iterator[dict]:
+    """Yield a bulletin for each of n prompts; bulletin i is the same whatever the size of the batches.
 
-    The batches are spread over processes that share the threads: a small model's products are too small to be split.
+    Many are spread over processes, as the products of a small model are too small to be split among threads.
     """
-    context = load_model(*model).config.context_length
-    options = {"max_new_tokens": context, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-               "min_p": args.min_p, "no_repeat": args.no_repeat or None, "stop_id": tokenizer.eos_id()}
-    batches = iter(lambda: list(islice(prompts, BATCH_SIZE)), [])
-    seeds = count(args.seed << 32, BATCH_SIZE)  # bulletin i draws with seed + i: two seeds of a user must not meet
-    generate = partial(continue_batch, model, torch.get_num_threads() // n_jobs, options)
+    context, n_threads = load_model(*source).config.context_length, torch.get_num_threads()
+    n_jobs = 1 if source[2].type == "cuda" or n <= BATCH_SIZE else n_threads
+    batch_size = min(BATCH_SIZE, -(-n // n_jobs))
+    batches = iter(lambda: list(islice(prompts, batch_size)), [])
+    seeds = count(seed << 32, batch_size)      # bulletin i draws with seed + i: two seeds of a user must not meet
+    generate = partial(continue_batch, source, {"max_new_tokens": context, **options}, n_threads if n_jobs == 1 else 1)
     with cli.start_workers(n_jobs) as spread:
         for rows in spread(generate, zip(batches, seeds)):
             for row in rows:
                 headline, story = bulletin_of_ids(tokenizer, row[:context])
                 yield {"headline": headline, "story": story, "finished": len(row) < context}
-            print(end="", flush=True)
 
 
 def sample(args: argparse.Namespace) -> None:
     if args.n is not None and args.n < 1:
         raise ValueError(f"-n must be at least 1, not {args.n}")
-    if args.seed is None:
-        args.seed = torch.seed() % 2**31
-    if args.seed < 0:
-        raise ValueError(f"--seed must not be negative, but is {args.seed}")
+    seed = secrets.randbits(31) if args.seed is None else args.seed
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, but is {seed}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[args.dtype] if args.dtype else faster_dtype(device)
     folder = find_folder(args.model, "model", FILES)
-    config = load_model(folder, dtype, device).config
+    load_model.cache_clear()                   # the folder may hold another model than in an earlier call
+    source = folder, dtype, device
+    config = load_model(*source).config
     tokenizer = load_tokenizer(folder / "tokenizer.model", config.vocab_size)
     prompts = [prompt_of(tokenizer, headline, config.context_length) for headline in headlines_of(args.headline)]
     n_each = args.n or (1 if args.headline else 3)
     n = len(prompts) * n_each
-    n_jobs = 1 if device.type == "cuda" else min(torch.get_num_threads(), -(-n // BATCH_SIZE))
-    bulletins = write((folder, dtype, device), n_jobs, tokenizer, (p for p in prompts for _ in range(n_each)), args)
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
+               "no_repeat": args.no_repeat or None, "stop_id": tokenizer.eos_id()}
+    bulletins = write(source, tokenizer, (prompt for prompt in prompts for _ in range(n_each)), n, seed, options)
     for bulletin in tqdm(bulletins, total=n, unit="bulletin", disable=None if n > BATCH_SIZE else True):
         if args.json:
-            print(json.dumps(bulletin))
+            print(json.dumps(bulletin), flush=True)
         else:
             story = bulletin["story"] + ("" if bulletin["finished"] else " [cut at the end of the context]")
-            print(f"{bulletin['headline']}\n{textwrap.fill(story, 88, initial_indent='  ', subsequent_indent='  ')}\n")
+            print(f"{bulletin['headline']}\n{textwrap.fill(story, 88, initial_indent='  ', subsequent_indent='  ')}\n",
+                  flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,8 +29,8 @@ IS_WHOLE = re.compile(r"[.!?)*`]\Z")      # how an answer ends that was not cut 
 OF_FIVE = r"(?i:\s*(?:/|(?:out\ )?of)\s*(?:5(?:\.0+)?|five\b))"
 REMARK = r"(?:\s*(?:[:;(\[\#]|/[/*]|-+\s)|\s+(?:[A-Z]|(?:because|since|as|for)\b))"      # how one begins behind a value
 # 4, "4/5", "4 of 5 stars", "Score: 4", "4: good", "4. The story is fine"
-NUMBER = re.compile(rf"(?:(?i:evaluation|score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?){OF_FIVE}?(?:\s*(?:stars?|points?)\b{OF_FIVE}?)?"
-                    rf"(?P<remark>(?:{REMARK}|\s*,|\.\s).*)?")
+NUMBER = re.compile(rf"(?:(?i:evaluation|score|rating)\s*[:=]\s*)?([+-]?[0-9]+(?:\.[0-9]+)?){OF_FIVE}?"
+                    rf"(?:\s*(?:stars?|points?)\b{OF_FIVE}?)?(?P<remark>(?:{REMARK}|\s*,|\.\s).*)?")
 CHOICE = re.compile(rf"(?:(?i:story)\s+)?((?i:a|b|tie))(?P<remark>(?:{REMARK}|\s*,|\.\s).*)?")
 # What makes a value doubtful if the remark holds it; a number that counts something ("one small fault") does not, nor
 # the end of the scale.

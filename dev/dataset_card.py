@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 import cli
 import quality
-from answers import read_answers, read_json, read_vocabulary
-from bulletins import Bulletin, bulletin_of, line_of, parse
+from answers import read_answers, read_vocabulary
+from bulletins import Bulletin, bulletin_of, line_of, parse, words_of
 from cleaning import TWIN_SIMILARITY
 from corpus import corpus_files, lines_of
 from data import encode_lines
-from files import write_beside
+from files import read_json, write_beside
 
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 N_SAMPLED = 10_000            # bulletins that the reading grade is measured on
@@ -104,9 +104,9 @@ def figures_of(folder: Path, raw: Path, vocabulary: Path, tokenizer: Path) -> st
     written = list(read_written(raw, every_line))
     teachers, days = Counter(b.teacher for b in written), {b.day for b in written}
     sampled = [quality.Sample(bulletin) for bulletin in random.Random(0).sample(corpus, min(N_SAMPLED, len(corpus)))]
-    held_out = [quality.words_of(bulletin_of(line).story) for line in lines["validation"]]
-    nearest = quality.copied_runs(held_out, (quality.words_of(bulletin_of(line).story) for line in lines["train"]))[1]
-    words = Counter(word for b in corpus for part in b for word in quality.words_of(part))
+    held_out = [words_of(bulletin_of(line).story) for line in lines["validation"]]
+    nearest = quality.copied_runs(held_out, (words_of(bulletin_of(line).story) for line in lines["train"]))[1]
+    words = Counter(word for b in corpus for part in b for word in words_of(part))
     seeds = read_vocabulary(vocabulary)
     openings = Counter(" ".join(b.story.split()[:3]) for b in corpus)
     first_words = Counter(b.headline.split()[0] for b in corpus)
@@ -134,8 +134,8 @@ def counts_by_rule(report: dict) -> dict[str, str]:
 
 def lengths_of(corpus: list[Bulletin], lines: list[str], tokenizer: Path) -> dict[str, str]:
     n_tokens = np.array([len(ids) for ids, _ in encode_lines((tokenizer.read_bytes(), lines))])
-    lengths = {"words a headline": [len(quality.words_of(b.headline)) for b in corpus],
-               "words a story": [len(quality.words_of(b.story)) for b in corpus],
+    lengths = {"words a headline": [len(words_of(b.headline)) for b in corpus],
+               "words a story": [len(words_of(b.story)) for b in corpus],
                "sentences a story": [quality.n_sentences(b.story) for b in corpus],
                f"tokens a bulletin ({tokenizer.name})": n_tokens}
     rows = {}
@@ -151,7 +151,7 @@ def vocabulary_of(words: Counter, seeds: list[list[str]], written: list[Written]
     asked = {word for b in written for word in b.seed_words}
     of_asked = sum(not asked.isdisjoint(forms) for forms in seeds)
     forms_of = {form: forms for forms in seeds for form in forms}
-    headlines = [set(quality.words_of(b.bulletin.headline)) for b in written]
+    headlines = [set(words_of(b.bulletin.headline)) for b in written]
     holding = sum(not headline.isdisjoint(b.seed_words) for headline, b in zip(headlines, written))
     holding_form = sum(not headline.isdisjoint(form for word in b.seed_words for form in forms_of.get(word, [word]))
                        for headline, b in zip(headlines, written))

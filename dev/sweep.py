@@ -19,13 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import answers
 import cli
 import train
 from config import Config, from_json
 from corpus import find_corpus
 from data import load_split
-from files import write_beside, write_json
+from files import read_json, write_beside, write_json
 from record import read_log
 
 
@@ -88,7 +87,7 @@ def train_one(config: dict, args: argparse.Namespace) -> dict | None:
 
 def read_runs(path: Path) -> dict[str, dict]:
     """Return the runs that a sweep has written; raise ValueError naming the file if something else has."""
-    runs = answers.read_json(path)
+    runs = read_json(path)
     if not isinstance(runs, dict) or not all(isinstance(run, dict) and {"settings", "train_sha256", "log"} <= run.keys()
                                              for run in runs.values()):
         raise ValueError(f"{path}: not the runs of a sweep; choose another --out")

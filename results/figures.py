@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 LITERATURE = {"color": "grey", "marker": "x", "linestyle": "none"}
 
@@ -149,7 +150,7 @@ def samples_side_by_side(runs: list[dict], n: int) -> str:
 # ---------------------------------------------------------------- plots
 
 
-def plot_loss(runs: list[dict], published: dict):
+def plot_loss(runs: list[dict], published: dict) -> Figure:
     """Draw loss against parameters with intervals over bulletins, and the power law of each corpus with three sizes."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name, members in corpora(runs):
@@ -171,16 +172,16 @@ def plot_loss(runs: list[dict], published: dict):
     return figure
 
 
-def panels(n: int, **options):
+def panels(n: int, **options) -> tuple[Figure, np.ndarray]:
     """Return a figure and n axes, three in a row."""
     n_rows = math.ceil(n / 3)
     figure, grid = pyplot.subplots(n_rows, 3, figsize=(10, 3 * n_rows), squeeze=False, layout="constrained", **options)
     for axes in grid.flat[n:]:
         axes.axis("off")
-    return figure, grid.flat
+    return figure, grid.ravel()
 
 
-def plot_overfitting(runs: list[dict]):
+def plot_overfitting(runs: list[dict]) -> Figure:
     """Draw the loss on training and on held-out bulletins of each run over its steps."""
     logged = [run for run in runs if run["log"]]
     figure, grid = panels(len(logged), sharey=True)
@@ -194,7 +195,7 @@ def plot_overfitting(runs: list[dict]):
     return figure
 
 
-def plot_quality(runs: list[dict], measures: list[str]):
+def plot_quality(runs: list[dict], measures: list[str]) -> Figure:
     """Draw measures against parameters with 95% intervals; the line is the same measure on held-out bulletins."""
     groups = list(corpora([run for run in runs if run["quality"]]))
     figure, grid = panels(len(measures) + 1)

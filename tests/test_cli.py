@@ -43,9 +43,10 @@ def test_little_is_read_before_it_is_needed():
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("function, error", [(fail_at_seven, ZeroDivisionError), (die_at_seven, ChildProcessError)])
-def test_an_error_or_a_kill_in_a_process_ends_the_work(function, error):
-    with pytest.raises(error), cli.start_workers(2, chunk_size=2) as spread:
+def test_an_error_or_a_kill_in_a_process_ends_the_work(function, error, method):
+    with pytest.raises(error), cli.start_workers(2, chunk_size=2, method=method) as spread:
         list(spread(function, range(1000)))
     assert multiprocessing.active_children() == []
 

@@ -46,6 +46,7 @@ def test_bad_configs_name_the_file_and_the_key(tmp_path, section, key, value, me
 @pytest.mark.parametrize("content, message", [
     (b"", "Expecting value"), (b"[" * 100_000, "maximum recursion depth"), (b"\xff", "can't decode"),
     (b"[]", "the file must be an object of keys, not []"),
+    (b'{"model": 1, "model": 2}', "the key 'model' is twice in one object"),
     (b"{}", "missing key model (an object of keys)"), (b'{"model": 3}', "model must be an object of keys, not 3")])
 def test_files_that_are_no_configs(tmp_path, content, message):
     path = tmp_path / "config.json"

@@ -3,7 +3,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
 
@@ -36,7 +35,8 @@ def test_figures_are_put_between_the_marks(tmp_path, lines, small):
     assert "old" not in card.split("\n")
     report = json.loads((tmp_path / "corpus" / "report.json").read_text())
     n = report["train"] + report["validation"]
-    assert f"Written by Its/Heir 2 ({n - 50} bulletins), a teacher (50 bulletins); on 1970-01-01 to 1970-01-02. " in card
+    assert (f"Written by Its/Heir 2 ({n - 50} bulletins), a teacher (50 bulletins); on 1970-01-01 to 1970-01-02. "
+            in card)
     assert f"{n} of the {n} bulletins are in the raw answers at hand." in card
     rows = dict(map(str.strip, line.split("|")[1:3]) for line in card.splitlines() if line.count("|") == 3)
     assert rows["written"] == "201 (100.00%)" and rows["fell to `no_story`"] == "1 (0.50%)"

@@ -212,7 +212,8 @@ UNSCORED = {
     " \n": "empty",
     "```json\n```": "no evaluation",
     "I cannot judge this.": "no evaluation",
-    '{"grammar": {"notes": "The "odd" word.", "evaluation": 5}, "logic": {"notes": "Good.", "evaluation": 2}}': "several",
+    '{"grammar": {"notes": "The "odd" word.", "evaluation": 5}, "logic": {"notes": "Good.", "evaluation": 2}}':
+        "several",
     'Fine.", "evaluation": "7 (\ud83d)"}': "outside 1 to 5: 7",
     "The story begins well, and then the": "cut off",
     'Fine.", "evalu': "cut off",
@@ -456,7 +457,9 @@ def test_report_of_one_name_with_one_answer(tmp_path):
     ("", "not JSON"), ("{", "not JSON"), ('{"a": ["x"], "a": ["y"]}', "the key 'a' is twice"),
     ("[" * 100_000, "not JSON"), ('{"a": ' * 5000, "not JSON"), ('{"a\\ud800": ["x"]}', r"'a\ud800' holds half a char"),
     ('{"a": ["x"]}\n{"a": ["y"]}', "not JSON"), ('{"a": ["x', "not JSON"),
-    ("[1]", "entry 1: expected headline"), ("[]", "no answers"), ("{}", "name: [answer"), ("4", "name: [answer"),
+    ("[1]", "entry 1: expected headline"),
+    ('[{"headline": "h", "first": "a", "second": "b"}]', "entry 1: expected headline"),
+    ("[]", "no answers"), ("{}", "name: [answer"), ("4", "name: [answer"),
     ('{"a": []}', "name: [answer"), ('{"a": 4}', "name: [answer"),
     ('{"a": [{"text": "x"}]}', "a, answer 1"), ('{"a": [{"headline": "h", "text": "x"}, "y"]}', "all or none")])
 def test_wrong_judgements_are_told_in_one_line(tmp_path, capsys, content, part):
@@ -499,7 +502,7 @@ def sample(story, headline="cat sleeps in the tree", is_finished=True):
 
 def measured(*samples, training=()):
     training = [words.split() for words in training]
-    runs, nearest = quality.copied_runs([quality.words_of(s.bulletin.story) for s in samples], training)
+    runs, nearest = quality.copied_runs([bulletins.words_of(s.bulletin.story) for s in samples], training)
     known, seeds = {word for words in training for word in words}, quality.seed_words([["sleep", "sleeps"], ["tr"]])
     return {name: sum(totals) / sum(counts) if sum(counts) else None
             for name, (totals, counts) in quality.per_bulletin(list(samples), runs, nearest, known, seeds).items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import generation
 from config import Config
 from model import GPT
 
@@ -83,6 +84,31 @@ def test_a_full_context_ends_the_row(tiny):
     out = tiny.generate([long, short], 20, stop_id=None)
     assert out == [uncached(tiny, long, 20), uncached(tiny, short, 20)]
     assert len(out[0]) == tiny.config.context_length + 1 and len(out[1]) == 22
+
+
+def test_a_step_gives_the_same_bits_whatever_the_number_of_threads():
+    config = Config.load(ROOT / "configs" / "3M.json").model
+    torch.manual_seed(0)
+    model, ids = GPT(config).eval(), torch.randint(4, 8192, (3, 101), generator=torch.Generator().manual_seed(0))
+    n_threads, states = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            decoder = generation.decoder_of(model, 3)
+            cache = generation.KVCache(config, 3, 101, model.tok_emb.weight)
+            with torch.inference_mode():
+                decoder.hidden(ids[:, :100], torch.arange(100), cache, None)
+                cache.n_columns = 100
+                states.append(decoder.hidden(ids[:, 100:], torch.tensor([[100]]), cache, None))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+def test_drawing_without_a_seed_leaves_pytorchs_generator_alone(tiny):
+    before = torch.get_rng_state()
+    tiny.generate([[1]], 3, temperature=0.7)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(tiny):

@@ -109,17 +109,39 @@ def test_a_seed_writes_the_same_whatever_the_batch(write, monkeypatch):
     assert len({b["story"] for b in first}) == 8
     assert bulletins_of(write(*options)) != bulletins_of(write(*options))          # without one, new ones each time
     monkeypatch.setattr(sample, "BATCH_SIZE", 3)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)                       # so, a process for each batch
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)                       # so, three processes
     assert bulletins_of(write(*options, "--seed", 5)) == first
 
 
+def start_sample(model: Path, n: int, n_threads: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "sample.py", "--model", str(model), "-n", str(n), "--seed", "1", "--json"],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": str(n_threads)})
+
+
+def test_many_threads_write_what_one_does(model):
+    processes = [start_sample(model, 130, n_threads) for n_threads in (1, 4)]      # 130: more than a batch
+    (one, _), (four, _) = (process.communicate(timeout=100) for process in processes)
+    assert one == four and one.count("\n") == 130
+
+
 def test_ctrl_c_ends_the_processes_that_write(model):
-    process = subprocess.Popen([sys.executable, "sample.py", "--model", str(model), "-n", "100000"], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    process = start_sample(model, 100_000, 2)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)           # the pipe closes once no process holds it any more
+    _, err = process.communicate(timeout=60)             # the pipe closes once no process holds it any more
     assert (process.returncode, err) == (130, "stopped\n")
+
+
+def test_another_model_in_the_same_folder_is_seen(model, tmp_path, write):
+    folder, options = tmp_path / "m", ("--json", "--temperature", 0, "--headline", HEADLINES[0])
+    shutil.copytree(model, folder)
+    first = bulletins_of(write(*options, "--model", folder))
+    other = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        other.out_head.weight.neg_()
+    other.save_pretrained(folder)
+    assert bulletins_of(write(*options, "--model", folder)) != first
 
 
 def test_temperature_0_takes_the_likeliest_and_so_does_top_k_1(write):

@@ -242,24 +242,10 @@ class StubWriter:
 
 
 def test_generation_goes_on_where_it_was(tmp_path, monkeypatch):
-    class Pool:                                     # the workers' protocol in this process, so that the stub is seen
-        def __init__(self, n_workers, initializer):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc_info):
-            pass
-
-        def apply_async(self, work, arguments):
-            return type("Result", (), {"get": lambda self: work(*arguments)})()
-
     monkeypatch.setattr(offline_teacher, "Writer", StubWriter)
-    monkeypatch.setattr(offline_teacher, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
-    monkeypatch.setattr(offline_teacher, "_writer", None)
+    offline_teacher.load_writer.cache_clear()
     out = tmp_path / "raw"
-    argv = ["generate", "--out", str(out), "--teacher", str(tmp_path), "--batch-size", "16"]
+    argv = ["generate", "--out", str(out), "--teacher", str(tmp_path), "--batch-size", "16", "--workers", "1"]
     (tmp_path / "model.safetensors").touch()
     assert offline_teacher.main([*argv, "--bulletins", "20"]) == 0
     whole = (out / "offline.jsonl").read_bytes()

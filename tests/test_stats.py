@@ -111,7 +111,8 @@ def test_smallest_detectable_difference_by_hand():
     assert stats.smallest_detectable_difference(differences, differences) == pytest.approx(
         0.1 * scale * 2.8 * math.sqrt(2), rel=0.02)
     # Of 40 and 100 values with standard deviations 0.5 and 1.2: (1.977 * 0.1971 + 0.844 * 0.1438), by hand.
-    few, many = [-0.5 * math.sqrt(39 / 40), 0.5 * math.sqrt(39 / 40)] * 20, [-1.2 * math.sqrt(0.99), 1.2 * math.sqrt(0.99)] * 50
+    few = [-0.5 * math.sqrt(39 / 40), 0.5 * math.sqrt(39 / 40)] * 20
+    many = [-1.2 * math.sqrt(0.99), 1.2 * math.sqrt(0.99)] * 50
     assert stats.smallest_detectable_difference(few, many) == pytest.approx(0.511, abs=0.002)
     at_one_percent = stats.smallest_detectable_difference(differences, alpha=0.01)
     assert at_one_percent > stats.smallest_detectable_difference(differences)

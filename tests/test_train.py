@@ -451,7 +451,8 @@ def test_a_process_says_in_one_line_that_another_has_ended(small, tmp_path):
     ranks = forked.start_ranks(2, start, tmp_path, no_tensorboard_on_the_first)
     assert forked.exit_codes(ranks) == [2, 1]
     assert (tmp_path / "0").read_text() == "error: --tensorboard: not installed; pip install tensorboard\n"
-    assert (tmp_path / "1").read_text().endswith("error: another process of this run has ended; its own line says why\n")
+    told = (tmp_path / "1").read_text()
+    assert told.endswith("error: another process of this run has ended; its own line says why\n")
 
 
 def signal_second(step: int, number: int, n_times: int = 1) -> None:
