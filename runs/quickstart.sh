@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 source runs/environment.sh
 out=models/quickstart
 if [ ! -e "$out/model.safetensors" ]; then
-    python train.py --config configs/3M-fast.json --out "$out" --max-steps 1000 --eval-every 250 --resume
+    python train.py --config configs/3M-fast.json --out "$out" --max-steps 300 --eval-every 75 --resume
 fi
 echo
 echo "Five bulletins of the model that you have just trained ($out):"
