@@ -73,3 +73,13 @@ def test_the_config_table_is_that_of_the_configs():
         for key in configs[0][section]:
             told = [json.loads(value) for value in rows[f"{section}.{key}"].split(" | ")]
             assert told == [config[section][key] for config in configs], key
+
+
+def test_the_table_of_runs_is_that_of_their_files():
+    rows = re.findall(r"\| \[([\w-]+)\]\(results/\1/run\.json\) \|.*"
+                      r"\| ([\d,]+) \| ([\d.]+) \| ([\d.]+ to [\d.]+) \| ([\d.]+) \|", README)
+    assert {name for name, *_ in rows} == {path.parent.name for path in ROOT.glob("results/*/run.json")}
+    for name, n_steps, nats, interval, bits in rows:
+        run, loss = (json.loads((ROOT / "results" / name / file).read_text()) for file in ("run.json", "loss.json"))
+        assert (n_steps, nats) == (f"{run['n_steps']:,}", f"{loss['nats_per_token']:.3f}"), name
+        assert (interval, bits) == (f"{loss['low']:.3f} to {loss['high']:.3f}", f"{loss['bits_per_byte']:.3f}"), name
