@@ -64,7 +64,9 @@ def write(source: Source, tokenizer: SentencePieceProcessor, prompts: Iterator[l
     Many are spread over processes, as the products of a small model are too small to be split among threads.
     """
     context, n_threads = load_model(*source).config.context_length, torch.get_num_threads()
-    n_jobs = 1 if source[2].type == "cuda" or n <= BATCH_SIZE else n_threads
+    n_jobs = 1
+    if source[2].type == "cpu" and n > BATCH_SIZE:
+        n_jobs = min(n_threads, 4 * n // BATCH_SIZE)           # a process has a quarter of a batch at least
     batch_size = min(BATCH_SIZE, -(-n // n_jobs))
     batches = iter(lambda: list(islice(prompts, batch_size)), [])
     seeds = count(seed << 32, batch_size)      # bulletin i draws with seed + i: two seeds of a user must not meet
