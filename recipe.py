@@ -21,6 +21,7 @@ MAX_GRAD_NORM = 1.0
 COOLDOWN = 0.3                # share of a run in which the schedule "wsd" falls, after it was constant
 N_COUNTED = 20_000_000        # tokens of the corpus that are counted: enough for bigrams, and little memory
 PRIOR = 100                   # draws from the frequencies of the pieces that smooth the counts of bigrams
+ROWS_AT_ONCE = 512            # tokens whose logits a CPU holds at once: 8 to 16 MB
 FREQUENT = 2 / 3              # share of the most frequent pieces among the candidates of a step
 SHARED = 0.7                  # share of the embeddings' squared length in the direction that all of them have
 
@@ -111,9 +112,9 @@ def reset(module: nn.Module) -> None:
 class HeadLoss(torch.autograd.Function):
     """Summed next-token loss in nats of states [N, C] under an output head [V, C], for targets [N].
 
-    The gradient is computed along with the loss, in the memory of the log-probabilities [N, V]; PyTorch would write
-    four tensors of that size: logits, log-probabilities and the gradient of each. IGNORED targets cost nothing.
-    log_weights [V] are added to the logits where a piece stands for several.
+    The gradient is computed along with the loss, so that of the four tensors [N, V] that PyTorch would write (logits,
+    log-probabilities and the gradient of each) there is one; on a CPU, not even that: a few rows at a time stay in its
+    cache. IGNORED targets cost nothing. log_weights [V] are added to the logits where a piece stands for several.
     """
 
     @staticmethod
@@ -121,11 +122,21 @@ class HeadLoss(torch.autograd.Function):
                 log_weights: torch.Tensor | None = None) -> torch.Tensor:
         is_target = (targets != IGNORED)[:, None]                                       # (N, 1)
         column = targets.clamp(min=0)[:, None]                                          # (N, 1)
-        logits = states @ head.T if log_weights is None else torch.addmm(log_weights.to(head.dtype), states, head.T)
-        log_p = logits.log_softmax(1, dtype=torch.float32)                              # (N, V)
-        loss = -(log_p.gather(1, column) * is_target).sum()
-        slope = log_p.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=log_p.dtype)).to(logits.dtype)
-        ctx.save_for_backward(slope @ head * is_target, slope.T @ (states * is_target))     # (N, C), (V, C)
+        fits_at_once = states.device.type != "cpu" or torch.compiler.is_compiling()
+        n_at_once = len(states) if fits_at_once else ROWS_AT_ONCE
+        loss, states_slopes, head_slope = 0.0, [], torch.zeros_like(head)
+        for x, y, is_real in zip(*(rows.split(n_at_once) for rows in (states, column, is_target))):
+            logits = x @ head.T if log_weights is None else torch.addmm(log_weights.to(head.dtype), x, head.T)
+            logits = logits.float()                                                     # (n, V)
+            logits -= logits.amax(1, keepdim=True)
+            loss -= (logits.gather(1, y) * is_real).sum()
+            p = logits.exp_()
+            total = p.sum(1, keepdim=True)                                              # (n, 1)
+            loss += (total.log() * is_real).sum()
+            slope = p.mul_(is_real / total).scatter_add_(1, y, -is_real.float()).to(head.dtype)
+            states_slopes.append(slope @ head)                                          # (n, C)
+            head_slope.addmm_(slope.T, x)                                               # (V, C)
+        ctx.save_for_backward(torch.cat(states_slopes), head_slope)
         return loss
 
     @staticmethod

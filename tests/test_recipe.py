@@ -58,6 +58,20 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 7, 30, 100])
+def test_the_loss_in_parts_is_that_of_cross_entropy(rows_at_once, monkeypatch):
+    monkeypatch.setattr(recipe, "ROWS_AT_ONCE", rows_at_once)
+    rng = torch.Generator().manual_seed(0)
+    states, head = (torch.randn(n, 8, generator=rng, requires_grad=True) for n in (30, 50))
+    log_weights, targets = torch.randn(50, generator=rng), torch.randint(50, (30,), generator=rng)
+    targets[::7] = IGNORED
+    ours = recipe.HeadLoss.apply(states, head, targets, log_weights)
+    reference = F.cross_entropy(states @ head.T + log_weights, targets, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(ours, reference)
+    for grad, expected in zip(*(torch.autograd.grad(3 * loss, [states, head]) for loss in (ours, reference))):
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_in_bfloat16_the_loss_is_near():
     model, _, _ = new()
     part = recipe.part_of(batch())
