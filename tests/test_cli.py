@@ -1,12 +1,20 @@
-"""What commands share: exit codes, and work spread over processes that may fail or be killed."""
+"""What commands share: exit codes, help, what they import, and work spread over processes that may be killed."""
+import importlib.util
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from itertools import count
+from pathlib import Path
 
+import forked
 import pytest
 
 import cli
+import evaluate
+
+ROOT = Path(__file__).parent.parent
 
 
 def double(n: int) -> int:
@@ -75,3 +83,44 @@ def test_a_process_killed_while_it_has_nothing_to_do(capsys):
 
     assert cli.run(command) == 1
     assert capsys.readouterr().err.startswith("error: a worker process was killed")
+
+
+# ---------------------------------------------------------------- every script
+
+SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("dev/*.py")] if "__main__" in path.read_text())
+MAINTAINERS_ONLY = {"build_vocabulary.py": "lemminflect"}      # what it needs is in no requirements file
+
+
+def test_every_script_has_help(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert {"train.py", "sample.py", "bulletins.py", "generate_training_data.py"} <= {path.name for path in SCRIPTS}
+    present = [path for path in SCRIPTS if importlib.util.find_spec(MAINTAINERS_ONLY.get(path.name, "json"))]
+    processes = [forked.start_script(path, ["--help"], tmp_path / path.name) for path in present]
+    assert forked.exit_codes(processes) == [0] * len(present)
+    for path in present:
+        shown = (tmp_path / path.name).read_text()
+        assert shown.startswith(f"usage: {path.name}") and "Run: " in shown, shown
+
+
+def test_offline_teacher_starts_without_transformers():
+    code = ("import sys; sys.modules['transformers'] = None; "
+            "import offline_teacher, generate_training_data, bulletins, train")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["bulletins", "generate_training_data"])
+def test_what_only_generates_starts_without_torch(script):
+    code = f"import sys; sys.modules['torch'] = None; import {script}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_and_imports_need_no_torch(capsys):
+    for command in ("judge", "report", "quality"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([command, "--help"])
+        assert stop.value.code == 0 and f" {command} [-h]" in capsys.readouterr().out
+    code = "import sys, evaluate; assert not {'torch', 'matplotlib', 'sentencepiece'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,6 +1,5 @@
-"""Bulletins on the terminal, and what every command does alike."""
+"""Bulletins on the terminal."""
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import forked
 import sample
 from config import Config
 from model import GPT
@@ -178,33 +176,3 @@ def test_a_reader_that_leaves_is_no_error(model):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()                     # as `| head` does, before the first line
     assert process.stderr.read() == "" and process.wait(60) == 0
-
-
-SCRIPTS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("dev/*.py")] if "__main__" in path.read_text())
-MAINTAINERS_ONLY = {"build_vocabulary.py": "lemminflect"}      # what it needs is in no requirements file
-
-
-def test_every_script_has_help(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert {"train.py", "sample.py", "bulletins.py", "generate_training_data.py"} <= {path.name for path in SCRIPTS}
-    present = [path for path in SCRIPTS if importlib.util.find_spec(MAINTAINERS_ONLY.get(path.name, "json"))]
-    processes = [forked.start_script(path, ["--help"], tmp_path / path.name) for path in present]
-    assert forked.exit_codes(processes) == [0] * len(present)
-    for path in present:
-        shown = (tmp_path / path.name).read_text()
-        assert shown.startswith(f"usage: {path.name}") and "Run: " in shown, shown
-
-
-def test_offline_teacher_starts_without_transformers():
-    code = ("import sys; sys.modules['transformers'] = None; "
-            "import offline_teacher, generate_training_data, bulletins, train")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("script", ["bulletins", "generate_training_data"])
-def test_what_only_generates_starts_without_torch(script):
-    code = f"import sys; sys.modules['torch'] = None; import {script}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
