@@ -160,58 +160,69 @@ def run_loss(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- command line
 
 
+def add_loss(commands) -> None:
+    parser = commands.add_parser("loss", help="nats per token, bits per byte and perplexity on files of bulletins")
+    parser.add_argument("--model", type=Path, default=Path("results/3M"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--data", type=Path, nargs="+", default=[Path("training_data/validation.txt.xz")],
+                        metavar="FILE",
+                        help="bulletins, one a line; may be .xz; of several files, each is also reported by itself "
+                             "(default: training_data/validation.txt.xz)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_loss)
+
+
+def add_judge(commands) -> None:
+    parser = commands.add_parser("judge", help="have a large model judge bulletins of several models, and controls")
+    parser.add_argument("--samples", nargs="+", required=True, metavar="[NAME=]FILE",
+                        help='lines of {"headline", "story", "finished"} by one model; '
+                             'NAME is the file\'s if none is given')
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the judge's answers, for the report")
+    parser.add_argument("--data", type=Path, default=Path("training_data"), metavar="DIR",
+                        help="the corpus: held-out bulletins are the real text (default: %(default)s)")
+    parser.add_argument("--pairwise", action="store_true",
+                        help="ask which of two stories on one headline is better, in both orders, not for scores")
+    parser.add_argument("--repeats", type=cli.at_least(int, 1), default=3, metavar="K",
+                        help="how often each text is judged (default: %(default)s)")
+    parser.add_argument("--max-bulletins", type=cli.at_least(int, 1), default=128, metavar="N",
+                        help="judge at most N of each model (default: %(default)s)")
+    parser.add_argument("--temperature", type=cli.at_least(float, 0), default=0.7,
+                        help="of the judge; at 0, repeats show nothing (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
+    servers.add_arguments(parser, judging.DEFAULT_MODEL)
+    parser.set_defaults(run=run_judge)
+
+
+def add_report(commands) -> None:
+    parser = commands.add_parser("report", help="means, intervals and tests of a judge's answers")
+    parser.add_argument("--judgements", type=Path, required=True, metavar="FILE",
+                        help="JSON: {name: [answer, ...]}, or what judge --pairwise wrote")
+    parser.add_argument("--paired", action="store_true",
+                        help="the answers of all names are on the same headlines, in the same order")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the means (.png, .svg, .pdf)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_report)
+
+
+def add_quality(commands) -> None:
+    parser = commands.add_parser("quality", help="measures that need no judge, beside the same on held-out bulletins")
+    parser.add_argument("--samples", type=Path, required=True, metavar="FILE",
+                        help='lines of {"headline", "story", "finished"} or of "headline </h> story"; may be .xz')
+    parser.add_argument("--data", type=Path, default=Path("training_data"), metavar="DIR",
+                        help="the corpus: held-out bulletins to compare with, training ones to find copies of "
+                             "(default: %(default)s)")
+    parser.add_argument("--max-bulletins", type=int, default=1000, metavar="N",
+                        help="take a random N if there are more samples or held-out bulletins (default: %(default)s)")
+    parser.add_argument("--smollm2-bulletins", type=cli.at_least(int, 0), default=64, metavar="N",
+                        help="bulletins of each set that SmolLM2-135M reads, if installed (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run_quality)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    loss = commands.add_parser("loss", help="nats per token, bits per byte and perplexity on files of bulletins")
-    loss.add_argument("--model", type=Path, default=Path("results/3M"), metavar="DIR", help="default: %(default)s")
-    loss.add_argument("--data", type=Path, nargs="+", default=[Path("training_data/validation.txt.xz")], metavar="FILE",
-                      help="bulletins, one a line; may be .xz; of several files, each is also reported by itself "
-                           "(default: training_data/validation.txt.xz)")
-    loss.add_argument("--json", action="store_true", help="print JSON")
-    loss.set_defaults(run=run_loss)
-
-    judge = commands.add_parser("judge", help="have a large model judge bulletins of several models, and controls")
-    judge.add_argument("--samples", nargs="+", required=True, metavar="[NAME=]FILE",
-                       help='lines of {"headline", "story", "finished"} by one model; NAME is the file\'s if not given')
-    judge.add_argument("--out", type=Path, required=True, metavar="FILE", help="the judge's answers, for the report")
-    judge.add_argument("--data", type=Path, default=Path("training_data"), metavar="DIR",
-                       help="the corpus: held-out bulletins are the real text (default: %(default)s)")
-    judge.add_argument("--pairwise", action="store_true",
-                       help="ask which of two stories on one headline is better, in both orders, instead of for scores")
-    judge.add_argument("--repeats", type=cli.at_least(int, 1), default=3, metavar="K",
-                       help="how often each text is judged (default: %(default)s)")
-    judge.add_argument("--max-bulletins", type=cli.at_least(int, 1), default=128, metavar="N",
-                       help="judge at most N of each model (default: %(default)s)")
-    judge.add_argument("--temperature", type=cli.at_least(float, 0), default=0.7,
-                       help="of the judge; at 0, repeats show nothing (default: %(default)s)")
-    judge.add_argument("--dry-run", action="store_true", help="say what it would cost, show one prompt, and stop")
-    servers.add_arguments(judge, judging.DEFAULT_MODEL)
-    judge.set_defaults(run=run_judge)
-
-    report = commands.add_parser("report", help="means, intervals and tests of a judge's answers")
-    report.add_argument("--judgements", type=Path, required=True, metavar="FILE",
-                        help="JSON: {name: [answer, ...]}, or what judge --pairwise wrote")
-    report.add_argument("--paired", action="store_true",
-                        help="the answers of all names are on the same headlines, in the same order")
-    report.add_argument("--plot", type=Path, metavar="FILE", help="also draw the means (.png, .svg, .pdf)")
-    report.add_argument("--json", action="store_true", help="print JSON")
-    report.set_defaults(run=run_report)
-
-    measures = commands.add_parser("quality", help="measures that need no judge, beside the same on held-out bulletins")
-    measures.add_argument("--samples", type=Path, required=True, metavar="FILE",
-                          help='lines of {"headline", "story", "finished"} or of "headline </h> story"; may be .xz')
-    measures.add_argument("--data", type=Path, default=Path("training_data"), metavar="DIR",
-                          help="the corpus: held-out bulletins to compare with, training ones to find copies of "
-                               "(default: %(default)s)")
-    measures.add_argument("--max-bulletins", type=int, default=1000, metavar="N",
-                          help="take a random N if there are more samples or held-out bulletins (default: %(default)s)")
-    measures.add_argument("--smollm2-bulletins", type=cli.at_least(int, 0), default=64, metavar="N",
-                          help="bulletins of each set that SmolLM2-135M reads, if installed (default: %(default)s)")
-    measures.add_argument("--json", action="store_true", help="print JSON")
-    measures.set_defaults(run=run_quality)
-
+    for add in (add_loss, add_judge, add_report, add_quality):
+        add(commands)
     args = parser.parse_args(argv)
     return cli.run(lambda: args.run(args))
 

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -231,6 +232,7 @@ class Writer:
 
 @cache
 def load_writer(**settings) -> Writer:
+    tqdm.set_lock(threading.RLock())           # its own is a semaphore, which a process that is ended leaves behind
     return Writer(argparse.Namespace(**settings))
 
 

@@ -5,8 +5,10 @@ below writes and scores with it. The whole batch shares one KV cache, which rows
 int8, its input with a scale for each token, so that what a row becomes does not depend on the rows beside it.
 """
 import importlib.util
+import io
 import random
 import warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -35,7 +37,8 @@ def load_smollm2(weights: Path | None = None):
     logging.set_verbosity_error()
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with redirect_stderr(io.StringIO()):       # the bar of this conversion heeds neither setting, nor a missing terminal
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if weights is not None:
         tensors = load_file(weights)
         model.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]})

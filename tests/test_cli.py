@@ -8,11 +8,11 @@ import sys
 from itertools import count
 from pathlib import Path
 
-import forked
 import pytest
 
 import cli
 import evaluate
+import forked
 
 ROOT = Path(__file__).parent.parent
 
