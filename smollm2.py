@@ -37,7 +37,7 @@ def load_smollm2(weights: Path | None = None):
     logging.set_verbosity_error()
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    with redirect_stderr(io.StringIO()):       # the bar of this conversion heeds neither setting, nor a missing terminal
+    with redirect_stderr(io.StringIO()):               # the bar of this conversion heeds neither setting
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     if weights is not None:
         tensors = load_file(weights)

@@ -216,36 +216,37 @@ def report(figures: dict, as_json: bool) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
+    commands, positive = parser.add_subparsers(required=True), cli.at_least(int, 1)
     one = commands.add_parser("generate", help="requests a second of generate_training_data.py")
     one.set_defaults(command=generate)
-    one.add_argument("--bulletins", type=int, default=120_000, help="about 9 a request (default: %(default)s)")
-    one.add_argument("--latency", type=float, default=1.0, metavar="S", help="of the server (default: %(default)s)")
-    one.add_argument("--concurrency", type=int, default=128, help="default: %(default)s")
+    one.add_argument("--bulletins", type=positive, default=120_000, help="about 9 a request (default: %(default)s)")
+    one.add_argument("--latency", type=cli.at_least(float, 0), default=1.0, metavar="S",
+                     help="of the server (default: %(default)s)")
+    one.add_argument("--concurrency", type=positive, default=128, help="default: %(default)s")
     one = commands.add_parser("sample", help="tokens a second of GPT.generate, beside transformers")
     one.set_defaults(command=sample)
     one.add_argument("--config", type=Path, default=ROOT / "configs" / "59M.json", metavar="FILE",
                      help="shape of the model, with random weights (default: that of 59M)")
     one.add_argument("--model", type=Path, default=ROOT / "results" / "3M", metavar="DIR",
                      help="trained model whose bfloat16 is compared with its float32 (default: the bundled one)")
-    one.add_argument("--prompts", type=int, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
-    one.add_argument("--new-tokens", type=int, default=84, help="default: %(default)s")
-    one.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    one.add_argument("--headlines", type=int, default=200, help="to compare bfloat16 on (default: %(default)s)")
+    one.add_argument("--prompts", type=positive, nargs="+", default=[1, 64], metavar="N", help="default: 1 64")
+    one.add_argument("--new-tokens", type=positive, default=84, help="default: %(default)s")
+    one.add_argument("--rounds", type=positive, default=3, help="default: %(default)s")
+    one.add_argument("--headlines", type=positive, default=200, help="to compare bfloat16 on (default: %(default)s)")
     one = commands.add_parser("train", help="steps a second of a config's recipe, beside a plain loop")
     one.set_defaults(command=train)
     one.add_argument("--config", type=Path, nargs="+", help="default: the published 3M, 11M and 59M",
                      default=[Path(f"configs/{size}.json") for size in ("3M", "11M", "59M")])
     one.add_argument("--data", type=Path, default=Path("training_data"), help="corpus folder (default: %(default)s)")
-    one.add_argument("--steps", type=int, default=16, help="of each way in each round (default: %(default)s)")
-    one.add_argument("--rounds", type=int, default=3, help="of which the fastest counts (default: %(default)s)")
+    one.add_argument("--steps", type=positive, default=16, help="of each way in each round (default: %(default)s)")
+    one.add_argument("--rounds", type=positive, default=3, help="of which the fastest counts (default: %(default)s)")
     one.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is")
     one.add_argument("--compile", action="store_true", help="also compiled, which takes a minute a size")
     one = commands.add_parser("data", help="cleaning, encoding and starting from the cache, bulletins a second")
     one.set_defaults(command=data)
-    one.add_argument("--bulletins", type=int, nargs="+", default=[10_000, 100_000], metavar="N",
+    one.add_argument("--bulletins", type=positive, nargs="+", default=[10_000, 100_000], metavar="N",
                      help="sizes of the raw corpora (default: 10000 100000)")
-    one.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: all cores, %(default)s)")
+    one.add_argument("--jobs", type=positive, default=os.cpu_count(), help="processes (default: all, %(default)s)")
     one.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the bundled one of 8,192 pieces",
                      default=ROOT / "tokenizers" / "tinynewstokenizer8192.model")
     for command in commands.choices.values():

@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("vocabulary.json"), help="default: %(default)s")
     parser.add_argument("--scowl", type=Path, default=Path("/usr/share/dict/scowl"), help="default: %(default)s")
-    parser.add_argument("--n-forms", type=int, default=18_500, help="stop at this many forms (default: %(default)s)")
+    parser.add_argument("--n-forms", type=cli.at_least(int, 1), default=18_500,
+                        help="stop at this many forms (default: %(default)s)")
     args = parser.parse_args(argv)
 
     def command() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cli
 import quality
 import sample
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="results/3M", help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("training_data"), help="default: %(default)s")
-    parser.add_argument("-n", type=int, default=300, help="headlines (default: %(default)s)")
+    parser.add_argument("-n", type=cli.at_least(int, 1), default=300, help="headlines (default: %(default)s)")
     args = parser.parse_args(argv)
     held_out = list(itertools.islice(quality.read_corpus(args.data, "validation"), args.n))
     headlines = [member.bulletin.headline for member in held_out]
