@@ -39,13 +39,13 @@ def read_json(path: Path) -> dict | None:
 
 
 def corpora(runs: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """Yield (name, runs) for each corpus, vocabulary and optimizer: only with the same three do sizes compare."""
-    groups: dict[tuple[str, int, str], list[dict]] = {}
+    """Yield (name, runs) for each corpus, vocabulary, optimizer and batch size: only where all agree, sizes compare."""
+    groups: dict[str, list[dict]] = {}
     for run in runs:
-        key = run["train_sha256"][:6], run["config"]["model"]["vocab_size"], optimizer_of(run)
-        groups.setdefault(key, []).append(run)
-    for (digest, vocab_size, optimizer), members in groups.items():
-        yield f"corpus {digest}, {vocab_size:,} pieces, {optimizer}", members
+        name = (f"corpus {run['train_sha256'][:6]}, {run['config']['model']['vocab_size']:,} pieces, "
+                f"{optimizer_of(run)}, batches of {run['config']['train']['batch_size']}")
+        groups.setdefault(name, []).append(run)
+    yield from groups.items()
 
 
 def optimizer_of(run: dict) -> str:

@@ -25,6 +25,17 @@ def test_the_power_law_is_that_of_the_means_of_three_sizes(figures):
     assert figures.power_law(sizes[:3], [3, 2, 2]) is None
 
 
+def test_runs_compare_only_where_corpus_and_recipe_agree(figures):
+    def run(corpus: str, **train) -> dict:
+        return {"train_sha256": corpus, "config": {"model": {"vocab_size": 8192}, "train": {"batch_size": 8, **train}}}
+
+    runs = [run("abcdef0"), run("abcdef0", seed=1), run("abcdef0", batch_size=32), run("abcdef0", optimizer="muon"),
+            run("0abcdef")]
+    groups = dict(figures.corpora(runs))
+    assert [len(members) for members in groups.values()] == [2, 1, 1, 1]
+    assert "corpus abcdef, 8,192 pieces, adamw, batches of 8" in groups
+
+
 def test_what_is_retained_by_hand(figures):
     sets = {"samples": {"value": 0.3, "low": 0.2, "high": 0.4}, "held_out": {"value": 0.5}}
     assert figures.retained(sets) == "0.60 (0.40 to 0.80)"
@@ -44,7 +55,7 @@ def test_the_notebook_takes_the_runs_that_are_there(tmp_path):
         folder.mkdir()
         run = {"val_loss": loss, "n_parameters": n_parameters, "n_bulletins": 10, "n_tokens_seen": 1800, "n_steps": 5,
                "elapsed_s": 60.0, "hardware": "none", "train_sha256": "0" * 64,
-               "config": {"model": {"vocab_size": 512}, "train": {"n_epochs": 2}}}
+               "config": {"model": {"vocab_size": 512}, "train": {"n_epochs": 2, "batch_size": 8}}}
         (folder / "run.json").write_text(json.dumps(run))
         if name != "large":                                 # of a run still under way there is not everything
             log = [{"step": 1, "loss": 5.0, "val_loss": 5.0}, {"step": 5, "loss": 4.0, "val_loss": loss}]
