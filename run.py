@@ -25,7 +25,7 @@ from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, part_
 from record import read_log
 
 CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_VERSION = 4        # of what a step computes: a checkpoint of another version would end in other bytes
+CHECKPOINT_VERSION = 5        # of what a step computes: a checkpoint of another version would end in other bytes
 
 
 def held_in(out: Path) -> str | None:
