@@ -47,7 +47,7 @@ def run(command: Callable[[], None]) -> int:
 
 def at_least(kind: type, least: float) -> Callable[[str], float]:
     """Return an argparse type: a finite number of this kind, not below `least`."""
-    def number(text: str):
+    def number(text: str) -> float:
         value = kind(text)
         if not least <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")

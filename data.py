@@ -294,7 +294,7 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.nda
 
 
 @torch.inference_mode()
-def bulletin_losses(model, tokens: Tokens, batch_size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+def bulletin_losses(model: torch.nn.Module, tokens: Tokens, batch_size: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Return the summed loss in nats of each bulletin and its number of targets, both [N], in the order of the split.
 
     model(ids [B, T]) gives logits [B, T, V] in float32. A mean over the split is total divided by total. Batches are

@@ -160,7 +160,7 @@ def run_loss(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def add_loss(commands) -> None:
+def add_loss(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("loss", help="nats per token, bits per byte and perplexity on files of bulletins")
     parser.add_argument("--model", type=Path, default=Path("results/3M"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--data", type=Path, nargs="+", default=[Path("training_data/validation.txt.xz")],
@@ -171,7 +171,7 @@ def add_loss(commands) -> None:
     parser.set_defaults(run=run_loss)
 
 
-def add_judge(commands) -> None:
+def add_judge(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("judge", help="have a large model judge bulletins of several models, and controls")
     parser.add_argument("--samples", nargs="+", required=True, metavar="[NAME=]FILE",
                         help='lines of {"headline", "story", "finished"} by one model; '
@@ -192,7 +192,7 @@ def add_judge(commands) -> None:
     parser.set_defaults(run=run_judge)
 
 
-def add_report(commands) -> None:
+def add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("report", help="means, intervals and tests of a judge's answers")
     parser.add_argument("--judgements", type=Path, required=True, metavar="FILE",
                         help="JSON: {name: [answer, ...]}, or what judge --pairwise wrote")
@@ -203,7 +203,7 @@ def add_report(commands) -> None:
     parser.set_defaults(run=run_report)
 
 
-def add_quality(commands) -> None:
+def add_quality(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("quality", help="measures that need no judge, beside the same on held-out bulletins")
     parser.add_argument("--samples", type=Path, required=True, metavar="FILE",
                         help='lines of {"headline", "story", "finished"} or of "headline </h> story"; may be .xz')

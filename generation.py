@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import ModelConfig
+
 # Axes: B batch, T tokens, S cached tokens, C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
 
@@ -95,7 +97,7 @@ class KVCache:
     which columns are real is the business of the attention mask.
     """
 
-    def __init__(self, config, n_rows: int, capacity: int, like: torch.Tensor):
+    def __init__(self, config: ModelConfig, n_rows: int, capacity: int, like: torch.Tensor):
         shape = (config.n_layers, n_rows, config.n_heads, capacity, config.d_embedding // config.n_heads)
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.n_columns = 0

@@ -52,7 +52,7 @@ def read_judgements(path: Path, is_paired: bool) -> tuple[dict[str, list[Judgeme
     return judgements, is_paired or n_headlines > 0
 
 
-def judgement_of(answer, place: int, where: str) -> Judgement:
+def judgement_of(answer: object, place: int, where: str) -> Judgement:
     headline = sample = None
     if isinstance(answer, dict) and "text" in answer:
         headline, sample, answer = answer.get("headline"), answer.get("sample"), answer["text"]

@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -31,6 +33,9 @@ import cli
 from bulletins import Acceptance
 from files import write_beside, write_json
 from smollm2 import Decoder, load_smollm2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 N_HELD_OUT = 55               # examples kept out of fine-tuning, to measure it
 N_SCORED = 16                 # tokens of a bulletin that the critic reads: nonsense already shows in the headline
@@ -49,7 +54,7 @@ def completion_of(example: str) -> str:
     return f"{headline}\n{story}"
 
 
-def usable_pieces(tokenizer, examples: dict[str, str], vocabulary: list[list[str]],
+def usable_pieces(tokenizer: "PreTrainedTokenizerBase", examples: dict[str, str], vocabulary: list[list[str]],
                   n_common: int = 12_000) -> torch.Tensor:
     """Return the ids that the output head keeps [V]: the end token, what bulletins use, the most common plain pieces.
 
@@ -64,7 +69,7 @@ def usable_pieces(tokenizer, examples: dict[str, str], vocabulary: list[list[str
     return torch.tensor(sorted(used | plain | {tokenizer.eos_token_id}))
 
 
-def encode_examples(tokenizer, examples: dict[str, str]) -> list[tuple[list[int], int]]:
+def encode_examples(tokenizer: "PreTrainedTokenizerBase", examples: dict[str, str]) -> list[tuple[list[int], int]]:
     """Return (ids, number of ids in the prompt) for each example; the ids end with the end token."""
     encoded = []
     for seed_word, example in examples.items():
@@ -74,7 +79,8 @@ def encode_examples(tokenizer, examples: dict[str, str]) -> list[tuple[list[int]
     return encoded
 
 
-def completion_loss(model, kept: torch.Tensor, batch: list[tuple[list[int], int]]) -> tuple[torch.Tensor, int]:
+def completion_loss(model: nn.Module, kept: torch.Tensor,
+                    batch: list[tuple[list[int], int]]) -> tuple[torch.Tensor, int]:
     """Return the loss in nats, summed over the completions of a batch, and their number of tokens."""
     longest = max(len(ids) for ids, _ in batch)
     inputs = torch.zeros(len(batch), longest - 1, dtype=torch.long)
@@ -101,7 +107,7 @@ def batches_of_near_length(encoded: list, batch_size: int, n_epochs: int, rng: r
 
 
 @torch.no_grad()
-def held_out_loss(model, kept: torch.Tensor, encoded: list) -> float:
+def held_out_loss(model: nn.Module, kept: torch.Tensor, encoded: list) -> float:
     """Return the mean loss in nats per completion token over the held-out examples."""
     total, n_tokens = 0.0, 0
     for start in range(0, len(encoded), 16):
@@ -110,7 +116,7 @@ def held_out_loss(model, kept: torch.Tensor, encoded: list) -> float:
     return total / n_tokens
 
 
-def compile_layers(model, kept: torch.Tensor, batch: list) -> None:
+def compile_layers(model: nn.Module, kept: torch.Tensor, batch: list) -> None:
     """Compile the layers, which takes a quarter off a step: what stands between their products is fused. Try a batch.
 
     Without a C++ compiler the layers stay as they are, and a line on standard error says so.
@@ -126,8 +132,8 @@ def compile_layers(model, kept: torch.Tensor, batch: list) -> None:
         print(f"not compiled, which takes longer: {type(error).__name__}, is there a C++ compiler?", file=sys.stderr)
 
 
-def train_on(model, kept: torch.Tensor, optimizer: torch.optim.Optimizer, batches: list[list], first_step: int,
-             peak_lr: float, save: Callable[[int], None]) -> None:
+def train_on(model: nn.Module, kept: torch.Tensor, optimizer: torch.optim.Optimizer, batches: list[list],
+             first_step: int, peak_lr: float, save: Callable[[int], None]) -> None:
     """Train on batches[first_step:]: ten steps of warmup, a cosine to 0. Calls save(steps done) from time to time."""
     saved, bar = time.perf_counter(), tqdm(total=len(batches), initial=first_step, unit="step", disable=None)
     for step in range(first_step, len(batches)):

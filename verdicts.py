@@ -80,7 +80,7 @@ def read_better(text: str | None) -> float | None:
     return choices.pop() if len(choices) == 1 else None
 
 
-def score_of(value) -> Reading:
+def score_of(value: object) -> Reading:
     """Return the score that a value of "evaluation" stands for: 4, "4/5", "4: good", "four". Half points are kept."""
     text = one_line(value)
     match = NUMBER.fullmatch(WORDS.get(text.lower(), text))
@@ -91,13 +91,13 @@ def score_of(value) -> Reading:
         None, f"outside {LOWEST} to {HIGHEST}: {match[1]:.20}")
 
 
-def choice_of(value) -> float | None:
+def choice_of(value: object) -> float | None:
     """Return what a value of "better" stands for: "A", "story B", "tie"; None if it may be another."""
     match = CHOICE.fullmatch(one_line(value))
     return CHOICES[match[1].lower()] if match and not OTHER_CHOICE.search(match["remark"] or "") else None
 
 
-def one_line(value) -> str:
+def one_line(value: object) -> str:
     return " ".join(plain(str(value)).split()).strip(" *_`<>)\"'")
 
 
@@ -143,7 +143,7 @@ def sound_values(text: str, name: str) -> tuple[list, str]:
     return [], text
 
 
-def members_named(name: str, parsed) -> list:
+def members_named(name: str, parsed: object) -> list:
     """Return the value of a key in parsed JSON: the object's own, or else those of all objects inside it."""
     if not isinstance(parsed, dict | list):
         return []

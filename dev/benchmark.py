@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def n_tokens_of(folder: Path, tokenizer: Path) -> int:
     return len(load_split(folder, "train", tokenizer, context_length=128).ids)
 
 
-def measured(module: str, work, *args) -> tuple:
+def measured(module: str, work: Callable, *args) -> tuple:
     """Return what a function returns, the seconds it took and the gigabytes that it and its processes held at most.
 
     It runs in a process of its own, which imports the module before the clock starts. The memory is an upper bound: the
@@ -105,7 +106,7 @@ def measured(module: str, work, *args) -> tuple:
         return pool.submit(measure_here, module, work, args).result()
 
 
-def measure_here(module: str, work, args: tuple) -> tuple:
+def measure_here(module: str, work: Callable, args: tuple) -> tuple:
     importlib.import_module(module)
     started = time.perf_counter()
     result = work(*args)
