@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers", reason="pip install --no-deps -r requirements-teacher.txt")
 
+import finetuning
 import offline_teacher
 import smollm2
 
@@ -125,13 +126,13 @@ def test_pieces_are_drawn_as_often_as_they_are_likely(llama, decoder):
 
 def test_examples_are_batched_once_an_epoch_by_near_length():
     encoded = [(list(range(n)), 2) for n in range(10, 110)]
-    batches = offline_teacher.batches_of_near_length(encoded, 16, 2, random.Random(0))
+    batches = finetuning.batches_of_near_length(encoded, 16, 2, random.Random(0))
     assert sorted(len(ids) for batch in batches for ids, _ in batch) == sorted(2 * list(range(10, 110)))
     assert all(max(len(ids) for ids, _ in batch) - min(len(ids) for ids, _ in batch) < 16 for batch in batches)
 
 
 def test_the_completion_of_an_example_is_two_lines():
-    assert offline_teacher.completion_of("<h1>Cat found</h1><p>It sat. It slept.</p>") == "Cat found\nIt sat. It slept."
+    assert finetuning.completion_of("<h1>Cat found</h1><p>It sat. It slept.</p>") == "Cat found\nIt sat. It slept."
 
 
 def test_a_missing_teacher_is_one_line(run_cli, tmp_path):
@@ -150,7 +151,7 @@ class ByteTokenizer:
 
 def test_finetuning_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path, monkeypatch, llama, capsys):
     n_losses, last = 0, None
-    real_loss = offline_teacher.completion_loss
+    real_loss = finetuning.completion_loss
 
     def loss_until_stopped(*args):
         nonlocal n_losses
@@ -162,12 +163,12 @@ def test_finetuning_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path, mo
     examples = {f"w{n}": f"<h1>Word {n} found</h1><p>It was number {n}. It slept.</p>" for n in range(40)}
     (tmp_path / "examples.json").write_text(json.dumps(examples))
     (tmp_path / "words.json").write_text('[["w1"]]')
-    monkeypatch.setattr(offline_teacher, "load_smollm2", lambda: (ByteTokenizer(), copy.deepcopy(llama)))
-    monkeypatch.setattr(offline_teacher, "N_HELD_OUT", 8)
-    monkeypatch.setattr(offline_teacher, "CHECKPOINT_EVERY_S", 0)
-    monkeypatch.setattr(offline_teacher, "completion_loss", loss_until_stopped)
-    monkeypatch.setattr(offline_teacher, "compile_layers", lambda *_: None)       # has a test of its own
-    monkeypatch.setattr(offline_teacher, "usable_pieces", lambda *_: torch.arange(300))
+    monkeypatch.setattr(finetuning, "load_smollm2", lambda: (ByteTokenizer(), copy.deepcopy(llama)))
+    monkeypatch.setattr(finetuning, "N_HELD_OUT", 8)
+    monkeypatch.setattr(finetuning, "CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(finetuning, "completion_loss", loss_until_stopped)
+    monkeypatch.setattr(finetuning, "compile_layers", lambda *_: None)       # has a test of its own
+    monkeypatch.setattr(finetuning, "usable_pieces", lambda *_: torch.arange(300))
 
     def finetune(name: str, *more: str) -> int:
         return offline_teacher.main(["finetune", "--out", str(tmp_path / name), "--batch-size", "4", "--lr", "0.01",
@@ -204,11 +205,11 @@ def broken(function, dynamic: bool):
                                             (broken, "not compiled, which takes longer: Runtime")])
 def test_the_layers_compute_the_same_with_and_without_a_compiler(llama, monkeypatch, capsys, compiler, said):
     kept, batch = torch.arange(300), [(list(range(5, 5 + n)), 3) for n in (9, 12, 12)]
-    expected, n_tokens = offline_teacher.completion_loss(llama, kept, batch)
+    expected, n_tokens = finetuning.completion_loss(llama, kept, batch)
     model = copy.deepcopy(llama)
     monkeypatch.setattr(torch, "compile", compiler)
-    offline_teacher.compile_layers(model, kept, batch)
-    loss, n = offline_teacher.completion_loss(model, kept, batch)
+    finetuning.compile_layers(model, kept, batch)
+    loss, n = finetuning.completion_loss(model, kept, batch)
     assert n == n_tokens and loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert capsys.readouterr().err.startswith(said)
