@@ -111,8 +111,9 @@ def loss_of(model_folder: Path, paths: list[Path]) -> dict:
     same for each of them. Raises FileNotFoundError, or ValueError naming the file.
     """
     import torch
-    from data import bulletin_losses, load_tokenizer, load_tokens
+    from data import bulletin_losses, load_tokens
     from model import GPT
+    from tokenizer import load_tokenizer
     for path in paths:
         if paths.count(path) > 1:
             raise ValueError(f"--data {path}: given twice")

@@ -20,13 +20,13 @@ import torch
 
 import cli
 from config import Config, ModelConfig, TrainConfig, from_json
-from data import load_tokenizer
 from files import write_json
 from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
 from model import BOS, EOS, GPT, PAD, load_weights, save_weights
 from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
+from tokenizer import load_tokenizer
 
 COMPANIONS = ("tokenizer.model", "tokenizer.vocab", "run.json")       # copied unchanged, for the way back
 

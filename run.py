@@ -16,13 +16,14 @@ import torch
 
 import cli
 from config import Config
-from data import Batch, Tokens, epoch_batches, load_split, load_tokenizer
+from data import Batch, Tokens, epoch_batches, load_split
 from devices import Ranks, compile_loss, is_out_of_memory, pays_to_compile, pick_device
 from files import sha256_of, write_beside
 from model import GPT
 from precision import faster_dtype
 from recipe import Candidates, NextTokenLoss, initialise, make_optimizers, part_of
 from record import read_log
+from tokenizer import load_tokenizer
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_VERSION = 5        # of what a step computes: a checkpoint of another version would end in other bytes

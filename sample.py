@@ -19,11 +19,11 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 import cli
-from data import bulletin_of_ids, load_tokenizer, prompt_of
 from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
 from model import GPT
 from precision import faster_dtype
+from tokenizer import bulletin_of_ids, load_tokenizer, prompt_of
 
 BATCH_SIZE = 128
 FILES = ["config.json", "model.safetensors", "tokenizer.*"]     # of a model on the hub

@@ -25,13 +25,14 @@ from tqdm import tqdm
 import cli
 from config import Config
 from corpus import find_corpus
-from data import IGNORED, bulletin_losses, bulletin_of_ids
+from data import IGNORED, bulletin_losses
 from devices import told_if_full
 from files import write_beside, write_json
 from model import BOS
 from recipe import learning_rate, train_step
 from record import Board, commit_of_checkout, draw_log, hardware, write_log
 from run import CHECKPOINT, Run, held_in
+from tokenizer import bulletin_of_ids
 
 N_EVALUATIONS = 10            # evaluations in a run, unless --eval-every says otherwise
 N_LAST_SAMPLES = 3            # bulletins printed at the end

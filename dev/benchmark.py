@@ -193,8 +193,8 @@ def agreement(folder: Path, n_headlines: int) -> dict:
     import corpus
     import torch
     from bulletins import SEPARATOR
-    from data import load_tokenizer, prompt_of
     from model import GPT
+    from tokenizer import load_tokenizer, prompt_of
     exact, rounded = GPT.from_pretrained(folder), GPT.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer, context_length = load_tokenizer(folder / "tokenizer.model"), exact.config.context_length
     lines = itertools.islice(corpus.lines_of(corpus.corpus_files(ROOT / "training_data", "validation")), n_headlines)

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 import answers
 import cli
 from bulletins import SEPARATOR
-from data import load_tokenizer, prompt_of
 from model import GPT
+from tokenizer import load_tokenizer, prompt_of
 
 N_LIKELIEST = 10
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 import cli
 from corpus import corpus_files, find_corpus, lines_of
-from data import encode_lines, load_tokenizer, train_tokenizer
+from data import encode_lines
+from tokenizer import load_tokenizer, train_tokenizer
 
 
 def compare(corpus: Path, config_path: Path, out: Path) -> None:

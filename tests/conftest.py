@@ -13,7 +13,7 @@ import pytest
 import chat
 from bulletins import line_of, parse
 from chat_server import KEY
-from data import train_tokenizer
+from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,11 +13,11 @@ import torch
 import corpus
 import export
 from config import Config
-from data import USER_SYMBOLS, load_tokenizer
 from generation import NO_REPEAT
 from model import GPT
 from model_card import model_card
 from pieces import read_pieces, tokenizer_json
+from tokenizer import USER_SYMBOLS, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"

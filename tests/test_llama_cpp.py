@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from config import Config
-from data import load_tokenizer, prompt_of
 from model import GPT
+from tokenizer import load_tokenizer, prompt_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "dev"))
