@@ -244,6 +244,7 @@ class StubWriter:
 
 def test_generation_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(offline_teacher, "Writer", StubWriter)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)          # of this process, in which other tests run
     offline_teacher.load_writer.cache_clear()
     out = tmp_path / "raw"
     argv = ["generate", "--out", str(out), "--teacher", str(tmp_path), "--batch-size", "16", "--workers", "1"]
