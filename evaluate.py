@@ -71,8 +71,8 @@ def quality_of(samples_path: Path, data: Path, max_bulletins: int, max_read: int
     for name, path in (("samples", samples_path), ("held_out", data)):
         if not sets[name]:
             raise ValueError(f"{path}: no bulletins")
-        if len(sets[name]) > max_bulletins:
-            sets[name] = random.Random(0).sample(sets[name], max_bulletins)
+        # In a random order, as some measures read only the first ones, and a corpus may be in the order of its writers.
+        sets[name] = random.Random(0).sample(sets[name], min(max_bulletins, len(sets[name])))
     training = cleaning.count_items(quality.read_corpus(data, "train"), n_training, "training")
     measures, not_measured, n_read = quality.compare(sets, training), {}, {}
     if max_read:

@@ -140,7 +140,8 @@ def with_holm(pairs: list[dict]) -> list[dict]:
 def controls_of(checks: list[dict]) -> dict | None:
     """Return whether the judge tells real text from damaged text of every kind; None if it was given none.
 
-    A check is the comparison with one kind; its "is_separated" says whether real text is better by more than chance.
+    A check is the comparison with one kind; its "is_separated" says whether real text is better by more than chance,
+    "is_too_few" whether so few texts could not have shown that.
     "missing" names the kinds that were not compared.
     """
     missing = sorted(set(DAMAGED) - {check["b"] for check in checks})
@@ -168,6 +169,7 @@ def report_of(judgements: dict[str, list[Judgement]], units_are_shared: bool) ->
     checks = compared([(REAL, damaged) for damaged in DAMAGED if {REAL, damaged} <= by_name.keys()])
     for check in checks:
         check["is_separated"] = check["difference"] > 0 and check["p_holm"] < ALPHA
+        check["is_too_few"] = math.isnan(check["smallest_detectable"])
     names = [name for name in by_name if not checks or name not in DAMAGED]
     return {"names": {name: summarise(value) for name, value in judgements.items()},
             "pairs": compared(list(combinations(names, 2))),

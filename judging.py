@@ -104,8 +104,11 @@ def writers_of(data: Path) -> list[str]:
 
 
 def family_warnings(judge: str, data: Path) -> list[str]:
+    writers = writers_of(data)
+    if not writers:
+        return [f"warning: {data} holds no raw answers to tell who wrote the corpus; judges favor their own family"]
     return [f"warning: the judge {judge} is of the family of {writer}, which wrote the corpus: judges favor their own"
-            for writer in writers_of(data) if is_same_family(judge, writer)]
+            for writer in writers if is_same_family(judge, writer)]
 
 
 def is_same_family(a: str, b: str) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import stats
 from files import read_json
-from judgements import ALPHA, DAMAGED, REAL, controls_of, with_holm
+from judgements import ALPHA, DAMAGED, REAL, controls_of, n_tested, with_holm
 from verdicts import read_better
 
 
@@ -60,6 +60,7 @@ def report_of(preferences: list[Preference]) -> dict:
     checks = with_holm([compare(preferences, REAL, damaged) for damaged in DAMAGED if {REAL, damaged} in seen])
     for check in checks:
         check["is_separated"] = check["share"] > 0.5 and check["p_holm"] < ALPHA
+        check["is_too_few"] = 2 * 0.5 ** check["n"] * n_tested(checks) >= ALPHA       # even where all prefer the real
     pairs = with_holm([compare(preferences, a, b) for a, b in combinations(names, 2)
                        if {a, b} in seen and not {a, b} & set(DAMAGED)])
     values = [p.value for p in preferences]

