@@ -38,7 +38,7 @@ def pick_device(name: str | None) -> torch.device:
 def is_out_of_memory(error: Exception) -> bool:
     """Tell whether an error of PyTorch says that a device's memory is full: it has several."""
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
-        said in str(error) for said in ("out of memory", "DefaultCPUAllocator"))
+        said in str(error) for said in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "CUDA calloc"))
 
 
 @contextmanager
@@ -88,13 +88,20 @@ class Ranks:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes; it is changed in place."""
         if self.n > 1:
-            try:
+            with self.told_if_left():
                 dist.all_reduce(value)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise ConnectionError("another process of this run has ended; its own line says why") from None
         return value
+
+    @contextmanager
+    def told_if_left(self) -> Iterator[None]:
+        """Raise ConnectionError if another process has ended, for which this one waits."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.n == 1 or is_out_of_memory(error) or not (isinstance(error, dist.DistError) or
+                                                              "gloo" in str(error)):
+                raise
+            raise ConnectionError("another process of this run has ended; its own line says why") from None
 
     def any(self, *are_so: bool) -> list[bool]:
         """Return, of each, whether it is so in at least one process."""

@@ -80,12 +80,12 @@ def set_to_bigrams(model: GPT, ids: np.ndarray) -> None:
     vocab_size, d_embedding = model.tok_emb.weight.shape
     if d_embedding < 4:
         raise ValueError(f"train.init bigram needs a model.d_embedding of at least 4, not {d_embedding}")
-    ids = torch.from_numpy(ids[:N_COUNTED].astype(np.int64))
-    n_of = torch.bincount(ids, minlength=vocab_size) + 1.0                         # (V,)
+    ids = ids[:N_COUNTED].astype(np.uint32)                                        # holds a pair, and sorts fast
+    n_of = torch.from_numpy(np.bincount(ids, minlength=vocab_size)) + 1.0          # (V,)
     log_p = (n_of / n_of.sum()).log()
-    pairs, n_of_pairs = (ids[:-1] * vocab_size + ids[1:])[ids[:-1] != EOS].unique(return_counts=True)
-    first, second = pairs // vocab_size, pairs % vocab_size
-    gain = torch.log1p(n_of_pairs / (PRIOR * log_p[second].exp()))
+    pairs, n_of_pairs = np.unique((ids[:-1] * vocab_size + ids[1:])[ids[:-1] != EOS], return_counts=True)
+    first, second = (torch.from_numpy(part.astype(np.int64)) for part in divmod(pairs, vocab_size))
+    gain = torch.log1p(torch.from_numpy(n_of_pairs) / (PRIOR * log_p[second].exp()))
     weighted = torch.sparse_coo_tensor(torch.stack([first, second]), gain * (n_of[first] * n_of[second]).sqrt(),
                                        (vocab_size, vocab_size), check_invariants=False)
     u, s, v = torch.svd_lowrank(weighted, q=min(d_embedding - 2, vocab_size))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import IO
 
 import numpy as np
@@ -69,19 +70,26 @@ class Run:
         return load_split(self.args.data, split, self.args.tokenizer, self.config.model.context_length)
 
     def _make_model(self) -> None:
-        """Make model and optimizers: new from the seed, or with the weights of a model folder given as --config."""
+        """Make model and optimizers: new from the seed, or with the weights of a model folder given as --config.
+
+        What a checkpoint will fill is left as it comes.
+        """
         if self.args.config.is_dir():
             self.model = GPT.from_pretrained(self.args.config)
         else:
             self.model = GPT(self.config.model)
-            initialise(self.model, self.config.train, self.train.ids)
+            if self.args.held != CHECKPOINT:
+                initialise(self.model, self.config.train, self.train.ids)
         self.model.to(self.device).train()
         self.train.to(self.device)
         self.optimizers = make_optimizers(self.model, self.config.train)
         self.candidates = Candidates(self.config.train, self.config.model.vocab_size, self.train.ids)
 
     def make_loss(self) -> Callable:
-        """Return what a step calls: model and loss, compiled if that pays; the gradients are those of all processes."""
+        """Return what a step calls: model and loss, compiled if that pays; the gradients are those of all processes.
+
+        Raises ValueError if the run was compiled where it began, and cannot be here.
+        """
         loss = NextTokenLoss(self.model, self.dtype)
         if self.is_compiled is None:
             rows = next(self._parts())
@@ -90,7 +98,13 @@ class Run:
             pays = self.ranks.is_first and pays_to_compile(loss, self._read(rows), n_passes, most_s, self.dtype)
             self.is_compiled = bool(self.ranks.first(pays))
         if self.is_compiled:
-            loss = compile_loss(loss, map(self._read, self._kinds_of_parts()))
+            try:
+                loss = compile_loss(loss, map(self._read, self._kinds_of_parts()))
+            except Exception as error:              # as in pays_to_compile, but here eager would end in other bytes
+                if is_out_of_memory(error):
+                    raise
+                raise ValueError(f"this run is compiled, but the compiler fails here ({type(error).__name__} "
+                                 f"{shorten(str(error), 200)}); is there a C++ compiler?") from None
         return self.ranks.share(loss, self.device)
 
     # ------------------------------------------------------------ batches

@@ -159,7 +159,11 @@ def finish(run: Run) -> None:
         "config": run.config.to_json(), "train_sha256": run.train.sha256,
         "validation_sha256": run.validation.sha256})
     run.model.eval().save_pretrained(run.out)
-    for leftover in (*run.out.glob(f"{CHECKPOINT}*"), run.out / cli.LOCK):
+    forget_checkpoint(run.out)
+
+
+def forget_checkpoint(out: Path) -> None:
+    for leftover in (*out.glob(f"{CHECKPOINT}*"), out / cli.LOCK):
         leftover.unlink(missing_ok=True)
 
 
@@ -200,6 +204,7 @@ def complete(args: argparse.Namespace) -> Config:
 def train(args: argparse.Namespace) -> None:
     config = complete(args)
     if args.held == "model.safetensors":
+        forget_checkpoint(args.out)             # a kill may have come between the weights and this
         print(f"{args.out}: finished already", file=sys.stderr)
         return
     with told_if_full("out of memory: end other programs that use the device, or lower model.d_embedding or "
@@ -224,15 +229,16 @@ def carry_out(run: Run) -> None:
               f"({left_out:,} left out: {run.train.n_too_long:,} too long, {run.train.n_malformed:,} malformed), "
               f"{run.n_steps:,} steps on {run.ranks.n} {run.device} in {str(run.dtype).removeprefix('torch.')}",
               file=sys.stderr)
-    n_rows = args.micro_batch_size or math.ceil(batch_size / run.ranks.n)
+    n_rows = min(args.micro_batch_size or batch_size, math.ceil(batch_size / run.ranks.n))
     advice = ("lower model.d_embedding or model.n_layers" if n_rows == 1 else
               f"--resume with --micro-batch-size below {n_rows}; the result stays the same")
-    with told_if_full(f"out of memory on {run.device}: {advice}"):
+    with told_if_full(f"out of memory on {run.device}: {advice}"), run.ranks.told_if_left():
         # Nothing may keep the loss beyond the loop: if it were the last to let go of the processes' connection, it
         # would wait for a thread of it while that thread waits for the interpreter.
         loop(run, run.make_loss(), board)
     if run.ranks.is_first:
-        finish(run)
+        with cli.StopSignal():                  # too late to stop
+            finish(run)
         print(f"validation loss {run.log[-1]['val_loss']:.3f} nats per token after {run.step:,} steps "
               f"and {run.elapsed_s:.0f} s; model in {run.out}")
         for headline, story in samples(run, N_LAST_SAMPLES):

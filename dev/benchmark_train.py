@@ -93,9 +93,8 @@ def plain_steps(model: GPT, config: Config, tokens: Tokens) -> Callable:
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()
-        gradient_norm()
+        gradient_norm()                                           # for its log, as the original loop does
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
-        gradient_norm()                                           # once more, as the original loop does for its log
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         return loss.detach()

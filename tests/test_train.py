@@ -1,6 +1,5 @@
 """The step against the published recipe; the run: resumed equals uninterrupted, bad input is one line."""
 import errno
-import functools
 import json
 import os
 import re
@@ -8,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,11 +115,13 @@ def test_the_logged_validation_loss_is_total_by_total(finished, small):
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def start_until(small: Path, out: Path, n_checkpoints: int) -> ForkServerProcess:
+def start_until(small: Path, out: Path, n_checkpoints: int, *more,
+                prepare: Callable[[], None] | None = None) -> ForkServerProcess:
     """Start or resume a run and return it when it has written a number of checkpoints (one after every step)."""
     checkpoint = out / "checkpoint.pt"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-    process = forked.start(command(small, out, "--resume", "--checkpoint-every", 0)[2:], out.with_suffix(".log"))
+    resume = command(small, out, "--resume", "--checkpoint-every", 0, *more)[2:]
+    process = forked.start(resume, out.with_suffix(".log"), prepare)
     while n_checkpoints and process.is_alive():
         stamp = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         if stamp != before:
@@ -140,6 +143,28 @@ def test_killed_five_times_and_resumed_is_uninterrupted(finished, small, tmp_pat
     assert {p.name for p in out.iterdir()} == {p.name for p in finished[0].iterdir()}
     assert (out / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
     assert without_times(out / "log.jsonl") == without_times(finished[0] / "log.jsonl")
+
+
+def on_two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def test_the_fast_recipe_on_two_threads_goes_on_as_exactly(small, tmp_path):
+    config = json.loads((small / "config.json").read_text())
+    config["train"] |= {"n_epochs": 1, "batch_size": 1, "init": "bigram", "optimizer": "muon", "schedule": "linear",
+                        "n_candidates": 300}
+    (tmp_path / "fast.json").write_text(json.dumps(config))
+    options = ["--config", tmp_path / "fast.json", "--max-steps", 40]
+    start = partial(start_until, small, prepare=on_two_threads)
+    assert forked.exit_codes([start(tmp_path / "whole", 0, *options)]) == [0]
+    for n_checkpoints in (3, 5):
+        process = start(tmp_path / "model", n_checkpoints, *options)
+        process.kill()
+        process.join()
+    assert forked.exit_codes([start_until(small, tmp_path / "model", 0, *options)]) == [0]       # started on one thread
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "model"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["cpu_threads"] == 2
 
 
 def test_a_signal_saves_and_resume_goes_on(finished, small, tmp_path, capsys):
@@ -190,16 +215,17 @@ def test_what_another_run_left_meanwhile_is_not_overwritten(finished, small, tmp
     assert (out / "log.jsonl").read_bytes() == (finished[0] / "log.jsonl").read_bytes()
 
 
-def test_a_signal_in_the_last_evaluation_comes_too_late_to_stop(finished, small, tmp_path, monkeypatch):
-    """A checkpoint of the last step would be resumed with one step too many."""
-    evaluate, saved = train.evaluate, []
+@pytest.mark.parametrize("place", ["evaluate", "draw"])
+def test_a_signal_after_the_last_step_comes_too_late_to_stop(finished, small, tmp_path, monkeypatch, place):
+    """A checkpoint of the last step would be resumed with one step too many; without one, all would be lost."""
+    function, saved = getattr(train, place), []
 
     def signalled(run, *args):
-        evaluate(run, *args)
+        function(run, *args)
         if run.step == run.n_steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train, "evaluate", signalled)
+    monkeypatch.setattr(train, place, signalled)
     monkeypatch.setattr(train.Run, "save_checkpoint", lambda run: saved.append(run.step))
     assert train.main(command(small, tmp_path / "model")[2:]) == 0 and not saved
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (finished[0] / "model.safetensors").read_bytes()
@@ -229,7 +255,15 @@ def test_resuming_what_is_finished_is_no_error(finished, small, capsys):
     assert "finished already" in capsys.readouterr().err and (finished[0] / "model.safetensors").read_bytes() == before
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, small, tmp_path, capsys):
+def test_a_checkpoint_that_a_finished_run_left_is_forgotten(finished, small, tmp_path):
+    """A kill may come between the weights and the end."""
+    shutil.copytree(finished[0], tmp_path / "model")
+    (tmp_path / "model" / "checkpoint.pt").touch()
+    assert train.main(command(small, tmp_path / "model", "--resume")[2:]) == 0
+    assert not (tmp_path / "model" / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, small, tmp_path, capsys, monkeypatch):
     out = tmp_path / "model"
     process = start_until(small, out, 1)
     process.kill()
@@ -241,6 +275,15 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, smal
     assert "started otherwise: train.peak_lr was 0.01, is 0.02\n" in capsys.readouterr().err
     assert train.main([*command(small, out, "--resume")[2:], "--config", str(finished[0])]) == 2
     assert "started otherwise: first_weights_sha256 was None, is " in capsys.readouterr().err
+    shutil.copytree(small, tmp_path / "corpus", ignore=shutil.ignore_patterns(".tokens"))
+    text = (small / "train.txt").read_text()
+    (tmp_path / "corpus" / "train.txt").write_text(text[text.index("\n") + 1:])
+    assert train.main([*command(small, out, "--resume")[2:], "--data", str(tmp_path / "corpus")]) == 2
+    assert "started otherwise: train_sha256 was " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "CHECKPOINT_VERSION", 0)
+        assert train.main(command(small, out, "--resume")[2:]) == 2
+    assert f"started otherwise: version was {run.CHECKPOINT_VERSION}, is 0\n" in capsys.readouterr().err
     for broken, message in ((b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"\xff", "not JSON"),
                             (b"1", "expected an object with step"), (b"{}", "expected an object with step")):
         (out / "log.jsonl").write_bytes(broken)
@@ -338,11 +381,12 @@ def test_a_run_that_diverges_is_no_success(small, tmp_path, capsys):
         assert not (out / "model.safetensors").exists() and not (out / "log.jsonl").read_text()
 
 
-def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("options", [[], ["--micro-batch-size", "64"]])
+def test_out_of_memory_is_one_line(small, tmp_path, monkeypatch, capsys, options):
     def full(*args):
         raise torch.OutOfMemoryError
     monkeypatch.setattr(train, "train_step", full)
-    assert train.main(command(small, tmp_path / "model")[2:]) == 1
+    assert train.main(command(small, tmp_path / "model", *options)[2:]) == 1
     assert capsys.readouterr().err.endswith(
         "error: out of memory on cpu: --resume with --micro-batch-size below 8; the result stays the same\n")
 
@@ -410,15 +454,20 @@ def test_the_tokenizer_may_already_be_where_the_model_goes(small, tmp_path):
 # ---------------------------------------------------------------- several processes
 
 
-def test_two_processes_end_where_one_does(finished, small, tmp_path):
-    out = tmp_path / "model"
+def test_two_processes_in_parts_end_where_one_does(small, tmp_path):
+    config = json.loads((small / "config.json").read_text())
+    config["train"]["n_epochs"] = 7
+    (tmp_path / "long.json").write_text(json.dumps(config))
+    alone, out = tmp_path / "alone", tmp_path / "model"
+    assert train.main(command(small, alone, "--config", tmp_path / "long.json")[2:]) == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([sys.executable, *torchrun, *command(small, out)[1:]], cwd=ROOT, capture_output=True,
-                          text=True, timeout=240)
+    start = command(small, out, "--config", tmp_path / "long.json", "--micro-batch-size", 3)[1:]
+    done = subprocess.run([sys.executable, *torchrun, *start], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation loss") == 1                  # one process alone speaks and writes
-    assert json.loads((out / "run.json").read_text())["n_processes"] == 2
-    assert_near(finished[0], out)
+    facts = json.loads((out / "run.json").read_text())
+    assert (facts["n_processes"], facts["n_steps"]) == (2, 105)
+    assert_near(alone, out)
 
 
 def test_processes_that_do_not_share_the_checkpoint_do_not_go_on(small, tmp_path, monkeypatch, capsys):
@@ -487,7 +536,10 @@ def test_three_processes_stop_together_and_go_on(finished, small, tmp_path, caps
     assert_near(finished[0], whole)
     resume = command(small, out, "--resume")[2:]
     saving = [*resume, "--checkpoint-every", "0"]
-    assert forked.exit_codes(forked.start_ranks(3, saving, logs, killed_at_7))[1] == -signal.SIGKILL
+    assert forked.exit_codes(forked.start_ranks(3, saving, logs, killed_at_7)) == [1, -signal.SIGKILL, 1]
+    for rank in "02":
+        last_line = (logs / rank).read_text().splitlines()[-1]
+        assert last_line == "error: another process of this run has ended; its own line says why"
     assert forked.exit_codes(forked.start_ranks(3, resume, logs, stopped_at_19)) == [130, 130, 130]
     assert "at step 19 of 45; --resume goes on" in (logs / "0").read_text() and not (out / "model.safetensors").exists()
     assert train.main(resume) == 2
@@ -509,7 +561,7 @@ def compiled_for_good() -> None:
         torch._dynamo.config.error_on_recompile = True
         return compiled
 
-    torch.compile = functools.partial(torch.compile, backend="eager")
+    torch.compile = partial(torch.compile, backend="eager")
     run.pays_to_compile, run.compile_loss = lambda *args: True, once
 
 
