@@ -214,11 +214,10 @@ def decoder_of(model: nn.Module, n_rows: int) -> Decoder:
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, draw: Draw, stop_id: int | None,
-             pad_id: int, no_repeat: int | None, separator_id: int) -> list[list[int]]:
-    """Continue prompts of any lengths, as GPT.generate says; they must hold 1 to context_length ids each."""
+def generate(model: nn.Module, prompts: list[list[int]], width: int, max_new_tokens: int, draw: Draw,
+             stop_id: int | None, pad_id: int, no_repeat: int | None, separator_id: int) -> list[list[int]]:
+    """Continue prompts of any lengths, padded to a width, as GPT.generate says; they hold 1 to context_length ids."""
     decoder, device = decoder_of(model, len(prompts)), model.tok_emb.weight.device
-    width = max(map(len, prompts))
     capacity = width + max_new_tokens
     n_pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)       # prompts end together
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)

@@ -135,14 +135,17 @@ class GPT(nn.Module):
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
                  top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-                 stop_id: int | None = EOS, seed: int | None = None, no_repeat: int | None = None) -> list[list[int]]:
+                 stop_id: int | None = EOS, seed: int | None = None, no_repeat: int | None = None,
+                 prompt_width: int = 1) -> list[list[int]]:
         """Continue prompts of any lengths, all at once; return prompt + continuation, the stop token not included.
 
         At temperature 0 each row is, id for id, what it would be alone and without a cache. A row ends at stop_id,
         after max_new_tokens, or where its context is full. top_k keeps that many of the likeliest tokens; top_p the
         likeliest that together reach this probability; min_p those that are at least this share as likely as the
         likeliest. no_repeat lets no run of that many new tokens come twice, in a headline or in a story. With a seed,
-        each row draws from a generator of its own (seed + row), so that its text does not depend on the rows beside it.
+        each row draws from a generator of its own (seed + row), so that its text does not depend on the rows beside it,
+        if they are as long, or none is longer than prompt_width: up to it, or to the longest, prompts are padded, and
+        that may round a logit otherwise.
         Raises ValueError for an empty prompt, one longer than the context, ids outside the vocabulary, or sampling
         options out of range.
         """
@@ -153,7 +156,8 @@ class GPT(nn.Module):
         max_new_tokens = min(max_new_tokens, self.config.context_length + 1 - min(map(len, prompts)))
         device = self.tok_emb.weight.device
         draw = generation.Draw(len(prompts), max_new_tokens, temperature, top_k, top_p, min_p, seed, device)
-        return generation.generate(self, prompts, max_new_tokens, draw, stop_id, PAD, no_repeat, SEPARATOR_ID)
+        width = max(prompt_width, *map(len, prompts))
+        return generation.generate(self, prompts, width, max_new_tokens, draw, stop_id, PAD, no_repeat, SEPARATOR_ID)
 
     def _check_prompts(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):

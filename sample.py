@@ -23,7 +23,7 @@ from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
 from model import GPT
 from precision import faster_dtype
-from tokenizer import bulletin_of_ids, load_tokenizer, prompt_of
+from tokenizer import bulletin_of_ids, load_tokenizer, max_prompt, prompt_of
 
 BATCH_SIZE = 128
 FILES = ["config.json", "model.safetensors", "tokenizer.*"]     # of a model on the hub
@@ -39,7 +39,10 @@ def headlines_of(texts: list[str] | None) -> list[str | None]:
         return [None]
     headlines = []
     for text in texts:
-        headlines += [line.strip() for line in sys.stdin if line.strip()] if text == "-" else [text]
+        try:
+            headlines += [line.strip() for line in sys.stdin or () if line.strip()] if text == "-" else [text]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--headline -: expected headlines in {error.encoding} ({error.reason})") from None
     if not headlines:
         raise ValueError("--headline -: expected headlines on standard input, one a line; there was none")
     return headlines
@@ -75,7 +78,7 @@ def write(source: Source, tokenizer: SentencePieceProcessor, prompts: Iterator[l
         for rows in spread(generate, zip(batches, seeds)):
             for row in rows:
                 headline, story = bulletin_of_ids(tokenizer, row[:context])
-                yield {"headline": headline, "story": story, "finished": len(row) < context}
+                yield {"headline": headline, "story": story, "finished": len(row) <= context}
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -95,7 +98,8 @@ def sample(args: argparse.Namespace) -> None:
     n_each = args.n or (1 if args.headline else 3)
     n = len(prompts) * n_each
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p,
-               "no_repeat": args.no_repeat or None, "stop_id": tokenizer.eos_id()}
+               "no_repeat": args.no_repeat or None, "stop_id": tokenizer.eos_id(),
+               "prompt_width": max_prompt(config.context_length) if args.headline else 1}
     bulletins = write(source, tokenizer, (prompt for prompt in prompts for _ in range(n_each)), n, seed, options)
     for bulletin in tqdm(bulletins, total=n, unit="bulletin", disable=None if n > BATCH_SIZE else True):
         if args.json:

@@ -78,6 +78,11 @@ def reason_of(error: str) -> str:
     return error
 
 
+def max_prompt(context_length: int) -> int:
+    """Return how many tokens a prompt may hold, so that there is room for a story."""
+    return context_length // 2
+
+
 def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | None, context_length: int) -> list[int]:
     """Return the ids that ask a model for a bulletin: all of it if headline is None, else its story.
 
@@ -96,7 +101,7 @@ def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | N
         shown = " ".join(c if c.isprintable() and not unicodedata.combining(c) else ascii(c) for c in unknown)
         raise ValueError(f"headline {headline!r}: the tokenizer does not know {shown}")
     ids = [tokenizer.bos_id(), *tokenizer.encode(f"{text} {SEPARATOR}")]
-    if len(ids) > context_length // 2:
+    if len(ids) > max_prompt(context_length):
         raise ValueError(f"headline {headline!r}: {len(ids)} tokens leave no room for a story in a context of "
                          f"{context_length}")
     return ids

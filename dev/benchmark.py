@@ -151,9 +151,12 @@ def sample(args: argparse.Namespace) -> dict:
 
 
 def transformers_of(model):
-    """Return transformers' GPT2LMHeadModel with the weights of a model of ours."""
+    """Return transformers' GPT2LMHeadModel with the weights of a model of ours; ValueError if it is not installed."""
     import export
-    from transformers import GPT2Config, GPT2LMHeadModel
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise ValueError("needs transformers: pip install --no-deps -r requirements-teacher.txt") from None
     sizes = {theirs: getattr(model.config, ours) for ours, theirs in export.GPT2_SIZES.items()}
     twin = GPT2LMHeadModel(GPT2Config(**export.GPT2_SETTINGS, **sizes, **export.TOKEN_IDS, tie_word_embeddings=False))
     weights = export.weights_with_biases(model)

@@ -15,6 +15,7 @@ import torch
 import sample
 from config import Config
 from model import GPT
+from tokenizer import load_tokenizer, prompt_of
 
 ROOT = Path(__file__).parent.parent
 HEADLINES = ["Storm breaks two bridges", "Bakers raise the price of bread by $2"]
@@ -80,6 +81,15 @@ def test_headlines_from_standard_input(write, monkeypatch):
     assert given == bulletins_of(write("--json", "--seed", 4, "--headline", *HEADLINES))
 
 
+def test_standard_input_that_is_none_or_no_text(write, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert write("--headline", "-") == (2, "", "error: --headline -: expected headlines in utf-8 (invalid continuation "
+                                        "byte)\n")
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = write("--headline", "-")
+    assert code == 2 and "there was none" in err
+
+
 def test_the_flag_may_be_repeated_and_standard_input_stand_among_its_texts(write, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{HEADLINES[1]}\n"))
     given = bulletins_of(write("--json", "--seed", 4, "--headline", HEADLINES[0], "--headline", "-", "Rain"))
@@ -115,6 +125,31 @@ def start_sample(model: Path, n: int, n_threads: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "sample.py", "--model", str(model), "-n", str(n), "--seed", "1", "--json"],
                             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": str(n_threads)})
+
+
+def test_headlines_of_other_lengths_change_no_bulletin(write, lines, monkeypatch):
+    """The bundled model is unsure enough of many a token for the rounding of one logit to decide it."""
+    headlines = [line.split(" </h> ")[0] for line in lines[:30]]
+    options = ["--model", ROOT / "results" / "3M", "--json", "--seed", 1, "--headline", *headlines]
+    together = write(*options)
+    assert len({len(headline) for headline in headlines}) > 10
+    monkeypatch.setattr(sample, "BATCH_SIZE", 7)
+    assert write(*options) == together
+
+
+@pytest.mark.parametrize("n_missing", [0, 1])
+def test_a_bulletin_that_just_fits_the_context_is_finished(write, tmp_path, n_missing):
+    folder = tmp_path / "short"
+    model, tokenizer = GPT.from_pretrained(ROOT / "results" / "3M"), ROOT / "results" / "3M" / "tokenizer.model"
+    prompt = prompt_of(load_tokenizer(tokenizer), "storm closes schools along the coast", 128)
+    n_tokens = len(model.generate([prompt], 128, no_repeat=6)[0]) - n_missing
+    short = GPT(dataclasses.replace(model.config, context_length=n_tokens))
+    short.load_state_dict({**model.state_dict(), "pos_emb.weight": model.pos_emb.weight[:n_tokens]})
+    short.save_pretrained(folder)
+    shutil.copy(tokenizer, folder)
+    [bulletin] = bulletins_of(write("--model", folder, "--json", "--temperature", 0, "--dtype", "float32",
+                                    "--headline", "storm closes schools along the coast"))
+    assert bulletin["finished"] is (n_missing == 0) and len(bulletin["story"]) > 100
 
 
 def test_many_threads_write_what_one_does(model):
