@@ -172,6 +172,24 @@ def plot_loss(runs: list[dict], published: dict) -> Figure:
     return figure
 
 
+def plot_recipes(recipes: dict[str, list[dict]], steps_per_s: dict[str, float]) -> Figure:
+    """Draw the held-out loss of runs, one a seed, against the minutes of their steps, for each recipe by its name.
+
+    steps_per_s: of each recipe, measured beside each other. The dotted lines are the means at the end.
+    """
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, (name, runs) in enumerate(recipes.items()):
+        for run in runs:
+            minutes = [entry["step"] / steps_per_s[name] / 60 for entry in run["log"]]
+            axes.plot(minutes, [entry["val_loss"] for entry in run["log"]], ".-", color=f"C{number}", linewidth=1,
+                      label=f"{name}, seeds: {len(runs)}" if run is runs[0] else None)
+        if runs:
+            axes.axhline(np.mean([run["log"][-1]["val_loss"] for run in runs]), color=f"C{number}", linestyle=":")
+            axes.legend()
+    axes.set(xlabel="minutes of training steps", ylabel="validation loss, nats per token")
+    return figure
+
+
 def panels(n: int, **options) -> tuple[Figure, np.ndarray]:
     """Return a figure and n axes, three in a row."""
     n_rows = math.ceil(n / 3)
