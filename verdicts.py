@@ -6,6 +6,7 @@ else, the key that counts is looked for, then its value, then what ends that val
 import json
 import re
 import unicodedata
+from bisect import bisect_left
 from typing import NamedTuple
 
 from bulletins import ASCII_PUNCTUATION
@@ -218,16 +219,18 @@ def mention_at(key: re.Match) -> Mention | None:
     return None
 
 
-def is_inside(text: str, place: int) -> bool:
-    """Tell whether the object in which a place is stands inside another, as far as braces tell."""
-    opened: list[int] = []
-    for brace in re.finditer(r"[{}]", text[:place]):
+def nesting_of(text: str) -> tuple[list[int], list[bool]]:
+    """Return the places of all braces, and of each whether the object open behind it stands inside another."""
+    places, are_inside, opened = [], [], []
+    for brace in re.finditer(r"[{}]", text):
         if brace[0] == "{":
-            opened.append(brace.start())
+            before = text[max(0, brace.start() - 40):brace.start()]
+            opened.append(bool(OPENS_INNER.search(before) or OPENS_NEXT_INNER.search(before)))
         elif opened:
             opened.pop()
-    before = text[:opened[-1]] if opened else ""
-    return OPENS_INNER.search(before) is not None or OPENS_NEXT_INNER.search(before) is not None
+        places.append(brace.start())
+        are_inside.append(bool(opened) and opened[-1])
+    return places, are_inside
 
 
 def is_closed(text: str) -> bool:
@@ -245,14 +248,16 @@ def broken_values(text: str, name: str) -> list[str]:
     """
     found: list[Mention] = []
     are_inner = False
+    braces, are_inside = nesting_of(text)
     for key in key_pattern(name).finditer(text):
         mention = mention_at(key)
         if mention is None:
             continue
         if found and NEXT_OBJECT.search(text, found[-1].end, key.end()):
             break
+        n_braces = bisect_left(braces, key.end())
         is_inner = mention.is_in_place and (CLOSES_INNER.match(text, mention.end) is not None
-                                            or is_inside(text, key.end()))
+                                            or n_braces > 0 and are_inside[n_braces - 1])
         if is_inner and found and found[-1].is_in_place:
             if are_inner:
                 found.append(mention)
