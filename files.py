@@ -36,7 +36,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, values: dict) -> None:
+def write_json(path: Path, values: dict | list) -> None:
     text = json.dumps(values, indent=4, ensure_ascii=False) + "\n"
     # A path of the command line may hold bytes that are no UTF-8.
     write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))

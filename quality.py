@@ -19,11 +19,13 @@ import cleaning
 import corpus
 import stats
 from bulletins import words_of
-from files import LONE_SURROGATE
+from files import LONE_SURROGATE, read_json
 
 DIVERSITY_ORDERS = (1, 2, 3, 4)
 NOVELTY_ORDERS = range(4, 11)
 VOCABULARY = Path(__file__).with_name("vocabulary.json")      # the seed words
+# In lower case, which the teachers of the bundled corpus wrote with a capital letter.
+PROPER_NOUNS = Path(__file__).with_name("proper_nouns.json")
 
 
 class Sample(NamedTuple):
@@ -156,15 +158,15 @@ def common_run(a: list[str], a_start: int, b: list[str], b_start: int) -> int:
 
 
 def per_bulletin(samples: list[Sample], runs: list[list[int]], nearest: list[float], known: set[str],
-                 seeds: re.Pattern) -> dict[str, tuple[list[float], list[float]]]:
+                 seeds: re.Pattern, proper_nouns: set[str]) -> dict[str, tuple[list[float], list[float]]]:
     """Return {measure: (totals, counts)}, an entry for each bulletin; a measure's value is total over total.
 
     `runs` and `nearest` are what copied_runs says of the samples' stories; `known` are the words of the training
-    stories; `seeds` is what seed_words gives.
+    stories; `seeds` is what seed_words gives; `proper_nouns` are in lower case.
     """
     measures = {name: ([], []) for name in (
         "words_per_story", "reading_grade", "ends_properly", "repeats_itself", "headline_words_in_story",
-        "headlines_with_seed_word", "unseen_words",
+        "headlines_with_seed_word", "stories_with_proper_noun", "unseen_words",
         *(f"unseen_{n}_grams" for n in NOVELTY_ORDERS), "longest_copied_run", "nearest_training_story",
         "near_duplicates_of_training")}
 
@@ -181,6 +183,7 @@ def per_bulletin(samples: list[Sample], runs: list[list[int]], nearest: list[flo
         headline = bulletins.stems(bulletin.headline)
         add("headline_words_in_story", len(headline & bulletins.stems(bulletin.story)), len(headline))
         add("headlines_with_seed_word", seeds.search(bulletin.headline.lower()) is not None)
+        add("stories_with_proper_noun", not proper_nouns.isdisjoint(words_of(bulletin.story)))
         add("unseen_words", sum(word not in known for word in words_of(bulletin.story)), n_words)
         for n in NOVELTY_ORDERS:
             n_places = max(0, n_words - n + 1)
@@ -245,14 +248,14 @@ def compare(sets: dict[str, list[Sample]], training: Iterable[Sample]) -> dict[s
 
     stories = {name: [words_of(sample.bulletin.story) for sample in samples] for name, samples in sets.items()}
     runs, nearest = copied_runs([words for members in stories.values() for words in members], training_stories())
-    seeds = seed_words(answers.read_vocabulary(VOCABULARY))
+    seeds, proper_nouns = seed_words(answers.read_vocabulary(VOCABULARY)), set(read_json(PROPER_NOUNS))
     n_words = min(sum(map(len, members)) for members in stories.values())
     n_bytes = min(len(text_of(samples)) for samples in sets.values())
     measures: dict[str, dict[str, dict[str, float]]] = {}
     start = 0
     for name, samples in sets.items():
         end = start + len(samples)
-        by_measure = per_bulletin(samples, runs[start:end], nearest[start:end], known, seeds)
+        by_measure = per_bulletin(samples, runs[start:end], nearest[start:end], known, seeds, proper_nouns)
         for measure, (totals, counts) in by_measure.items():
             low, high = stats.ratio_interval(totals, counts)
             value = sum(totals) / sum(counts) if sum(counts) else math.nan

@@ -1,9 +1,10 @@
-"""Write the figures of a corpus into its card, print bulletins to check one of them by hand, or sort them by teacher.
+"""Write the figures of a corpus into its card, or what else raw answers tell of it: each an option below.
 
 Reads:   a corpus folder with its report.json, the raw answers that it was cleaned from, vocabulary.json, a tokenizer.
 Writes:  README.md of the corpus folder, only between its lines "<!-- figures -->" and "<!-- end of figures -->"; with
          --spot-check nothing, but bulletins as the teacher wrote them to standard output; with --by-teacher DIR the
-         held-out bulletins of each teacher, as evaluate.py loss --data reads them.
+         held-out bulletins of each teacher, as evaluate.py loss --data reads them; with --proper-nouns FILE those of
+         all raw stories, as evaluate.py quality counts them.
 Run:     python dev/dataset_card.py
 """
 import argparse
@@ -29,7 +30,7 @@ from bulletins import Bulletin, bulletin_of, line_of, parse, words_of
 from cleaning import TWIN_SIMILARITY
 from corpus import corpus_files, lines_of
 from data import encode_lines
-from files import read_json, write_beside
+from files import read_json, write_beside, write_json
 
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 N_SAMPLED = 10_000            # bulletins that the reading grade is measured on
@@ -90,6 +91,13 @@ def proper_nouns(texts: list[str]) -> list[list[str]]:
         n_capital.update(word.lower() for word in re.findall(r"(?<=[a-z0-9,;:] )[A-Z][a-z]+\b", text))
     names = {word for word, n in n_capital.items() if n > n_lower[word] and word not in CALENDAR}
     return [[word for word in re.findall(r"\b[A-Z][a-z]+\b", text) if word.lower() in names] for text in texts]
+
+
+def write_proper_nouns(raw: Path, out: Path) -> None:
+    """Write the proper nouns of all raw stories in lower case, those that stand in one story only left out."""
+    stories = [bulletin.story for answer in read_answers(raw) for bulletin in parse(answer["text"])]
+    n_stories = Counter(noun for nouns in proper_nouns(stories) for noun in {noun.lower() for noun in nouns})
+    write_json(out, sorted(noun for noun, n in n_stories.items() if n > 1))
 
 
 # ---------------------------------------------------------------- figures
@@ -235,10 +243,14 @@ def main(argv: list[str] | None = None) -> int:
                         help="print N bulletins with the proper nouns found, and stop")
     parser.add_argument("--by-teacher", type=Path, metavar="DIR",
                         help="write the held-out bulletins of each teacher to a file in DIR, and stop")
+    parser.add_argument("--proper-nouns", type=Path, metavar="FILE",
+                        help="write the proper nouns of the raw stories to FILE, and stop")
     args = parser.parse_args(argv)
 
     def command() -> None:
-        if args.spot_check:
+        if args.proper_nouns:
+            write_proper_nouns(args.raw, args.proper_nouns)
+        elif args.spot_check:
             print_spot_check(args.data, args.raw, args.spot_check)
         elif args.by_teacher:
             write_by_teacher(args.data, args.raw, args.by_teacher)

@@ -74,3 +74,18 @@ def test_what_the_command_says_of_bad_input(tmp_path, lines, small, capsys):
     assert dataset_card.main(options) == 2
     assert "--raw must be the folder that it was cleaned from" in capsys.readouterr().err
     assert dataset_card.main(["--spot-check", "3", *write_everything(tmp_path / "b", lines[:60])]) == 0
+
+
+def test_proper_nouns_are_those_of_at_least_two_stories(tmp_path):
+    stories = ["The boat sailed to Elba and back. Nobody saw Rome.", "On Monday the people of Elba built a boat.",
+               "It was the king of Elba, they said, or of Rome.", "All rome and all Rome, and the rome of old."]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl").write_text("".join(json.dumps(
+        {"key": f"0/{i}", "seed_words": [], "text": html_of(Bulletin("Boats sail", story))}) + "\n"
+        for i, story in enumerate(stories)))
+    out = tmp_path / "nouns.json"
+    assert dataset_card.main(["--raw", str(tmp_path / "raw"), "--proper-nouns", str(out)]) == 0
+    assert json.loads(out.read_text()) == ["elba", "rome"]
+    (tmp_path / "raw" / "a.jsonl").write_text((tmp_path / "raw" / "a.jsonl").read_text().replace("or of Rome", "rome"))
+    assert dataset_card.main(["--raw", str(tmp_path / "raw"), "--proper-nouns", str(out)]) == 0
+    assert json.loads(out.read_text()) == ["elba"]

@@ -13,8 +13,8 @@ def measured(*samples, training=()):
     training = [words.split() for words in training]
     runs, nearest = quality.copied_runs([bulletins.words_of(s.bulletin.story) for s in samples], training)
     known, seeds = {word for words in training for word in words}, quality.seed_words([["sleep", "sleeps"], ["tr"]])
-    return {name: sum(totals) / sum(counts) if sum(counts) else None
-            for name, (totals, counts) in quality.per_bulletin(list(samples), runs, nearest, known, seeds).items()}
+    measures = quality.per_bulletin(list(samples), runs, nearest, known, seeds, {"elba"})
+    return {name: sum(totals) / sum(counts) if sum(counts) else None for name, (totals, counts) in measures.items()}
 
 
 def test_copied_runs_by_hand():
@@ -35,8 +35,9 @@ def test_novelty_by_hand():
 
 
 def test_seed_words_and_new_words_by_hand():
-    values = measured(sample("a b zog."), sample("a b.", "a tree asleep"), training=["a b c"])
+    values = measured(sample("a b zog."), sample("a Elba.", "a tree asleep"), training=["a b elba"])
     assert values["headlines_with_seed_word"] == 0.5             # of sleeps, and neither asleep nor tree
+    assert values["stories_with_proper_noun"] == 0.5
     assert values["unseen_words"] == 1 / 5
 
 
