@@ -141,8 +141,7 @@ def controls_of(checks: list[dict]) -> dict | None:
     """Return whether the judge tells real text from damaged text of every kind; None if it was given none.
 
     A check is the comparison with one kind; its "is_separated" says whether real text is better by more than chance,
-    "is_too_few" whether so few texts could not have shown that.
-    "missing" names the kinds that were not compared.
+    "is_too_few" whether so few texts could not have shown that. "missing" names the kinds that were not compared.
     """
     missing = sorted(set(DAMAGED) - {check["b"] for check in checks})
     are_separated = all(check["is_separated"] for check in checks)

@@ -127,14 +127,14 @@ def start_sample(model: Path, n: int, n_threads: int) -> subprocess.Popen:
                             env={**os.environ, "OMP_NUM_THREADS": str(n_threads)})
 
 
-def test_headlines_of_other_lengths_change_no_bulletin(write, lines, monkeypatch):
-    """The bundled model is unsure enough of many a token for the rounding of one logit to decide it."""
-    headlines = [line.split(" </h> ")[0] for line in lines[:30]]
-    options = ["--model", ROOT / "results" / "3M", "--json", "--seed", 1, "--headline", *headlines]
-    together = write(*options)
-    assert len({len(headline) for headline in headlines}) > 10
-    monkeypatch.setattr(sample, "BATCH_SIZE", 7)
-    assert write(*options) == together
+@pytest.mark.parametrize("headline", ["crowding on city hall is taken care of by crowning",
+                                      "village injects new blood for children with blood disease"])
+def test_a_longer_headline_changes_no_bulletin_of_another(write, headline):
+    """Found by trying: were each prompt padded to the longest of its batch, a rounded logit would decide a token."""
+    longer = "in informal language, a hotel owner has to pay for a room that he did not build"
+    options = ["--model", ROOT / "results" / "3M", "--json", "--dtype", "float32", "--seed", 1, "-n", 5, "--headline"]
+    alone = bulletins_of(write(*options, headline))
+    assert bulletins_of(write(*options, headline, longer))[:5] == alone
 
 
 @pytest.mark.parametrize("n_missing", [0, 1])

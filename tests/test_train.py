@@ -370,6 +370,16 @@ def test_a_compiled_run_that_goes_on_shows_the_compiler_the_same_batches(small, 
     assert [n_rows for n_rows, _ in shown[0]] == [7, 1, 1, 7, 7]                  # of a batch of 8
 
 
+def test_a_compiled_run_where_the_compiler_fails_is_one_line(small, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no\ncompiler")
+    monkeypatch.setattr(run, "pays_to_compile", lambda *args: True)
+    monkeypatch.setattr(run, "compile_loss", fail)
+    assert train.main(command(small, tmp_path / "model")[2:]) == 2
+    assert capsys.readouterr().err.endswith("error: this run is compiled, but the compiler fails here (RuntimeError no "
+                                            "compiler); is there a C++ compiler?\n")
+
+
 def test_a_run_that_diverges_is_no_success(small, tmp_path, capsys):
     config = json.loads((small / "config.json").read_text())
     config["train"]["peak_lr"] = 1e30
