@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from corpus import find_corpus
 from hub import find_folder
 
+ROOT = Path(__file__).parent.parent
 FILES = {"README.md": b"a card", "train-000.txt.xz": b"not wanted whole here",
          "train.txt": b"storm </h> it rained.\n" * 9, "validation.txt": b"sun </h> it was dry.\n",
          "big.bin": b"\0" * 99}
@@ -21,7 +23,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub():
-    """A hub that holds one dataset, someone/bulletins; .asked lists the paths that were asked for."""
+    """A hub that holds a dataset, someone/bulletins, and the bundled model, someone/model; .asked lists the paths."""
+    held = {"datasets/someone/bulletins": FILES,
+            "models/someone/model": {path.name: path.read_bytes() for path in (ROOT / "results/3M").iterdir()}}
+
     class Handler(BaseHTTPRequestHandler):
         def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
             self.send_response(status)
@@ -38,14 +43,17 @@ def hub():
                 self.answer(b"{}", server.status, **({"X_Error_Code": "GatedRepo"} if server.status == 403 else {}))
             elif server.page is not None:
                 self.answer(server.page, Content_Type="text/html")
-            elif self.path.startswith("/api/datasets/someone/bulletins/revision/"):
-                info = {"id": "someone/bulletins", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]}
-                self.answer(json.dumps(info).encode(), Content_Type="application/json")
-            elif self.path.startswith("/api/datasets/someone/bulletins/tree/"):
-                tree = [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in FILES.items()]
-                self.answer(json.dumps(tree).encode(), Content_Type="application/json")
-            elif self.path.startswith(f"/datasets/someone/bulletins/resolve/{COMMIT}/") and name in FILES:
-                self.answer(FILES[name], ETag=f'"{hashlib.sha1(FILES[name]).hexdigest()}"', X_Repo_Commit=COMMIT)
+            elif asked := re.match("/api/((?:datasets|models)/someone/[a-z]+)/(revision|tree)/", self.path):
+                files = held.get(asked[1])
+                if files is None:
+                    return self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
+                info = {"id": asked[1], "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+                tree = [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in files.items()]
+                self.answer(json.dumps(info if asked[2] == "revision" else tree).encode(),
+                            Content_Type="application/json")
+            elif (asked := re.match(f"/(datasets/)?(someone/[a-z]+)/resolve/{COMMIT}/", self.path)) and (
+                    body := held.get((asked[1] or "models/") + asked[2], {}).get(name)):
+                self.answer(body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
             else:
                 self.answer(b"{}", 404, X_Error_Code="RepoNotFound")
 
@@ -82,14 +90,17 @@ def test_a_page_that_is_no_hub(hub, tmp_path):
     assert done.returncode == 1 and "someone/bulletins: no such folder, and the hub did not give" in done.stderr
 
 
+def environment(hub, home: Path) -> dict[str, str]:
+    """Return what makes huggingface_hub ask this hub, in a process of its own: it reads this when it is imported."""
+    return {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
 def find_in_process(name: str, hub, home: Path) -> subprocess.CompletedProcess:
-    """Look a corpus up in a process of its own, as huggingface_hub reads its settings when it is imported."""
     code = ("import sys, corpus\ntry: print(corpus.find_corpus(sys.argv[1]))\n"
             "except FileNotFoundError as e: sys.exit(str(e))")
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(home),
-                   "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     return subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, timeout=60,
-                          env=environment, cwd=Path(__file__).parent.parent)
+                          env=environment(hub, home), cwd=ROOT)
 
 
 def test_a_dataset_is_fetched_once(hub, tmp_path):
@@ -102,6 +113,20 @@ def test_a_dataset_is_fetched_once(hub, tmp_path):
     hub.asked.clear()
     again = find_in_process("someone/bulletins", hub, tmp_path)
     assert again.stdout == first.stdout and fetched and not [path for path in hub.asked if "/resolve/" in path]
+
+
+def test_a_model_from_the_hub_writes_and_is_exported(hub, tmp_path, run_cli):
+    options = {"env": environment(hub, tmp_path / "home")}
+    written = run_cli("sample.py", "--model", "someone/model", "--seed", 0, "-n", 2, "--json", **options)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout == run_cli("sample.py", "--seed", 0, "-n", 2, "--json").stdout
+    out = tmp_path / "exported"
+    exported = run_cli("export.py", "--model", "someone/model", "--to", "transformers", "--out", out, **options)
+    assert exported.returncode == 0, exported.stderr
+    assert (out / "tokenizer.model").read_bytes() == (ROOT / "results/3M/tokenizer.model").read_bytes()
+    assert "held-out loss" in (out / "README.md").read_text(encoding="utf-8")
+    fetched = {path.rsplit("/", 1)[-1] for path in hub.asked if "/resolve/" in path}
+    assert {"model.safetensors", "run.json", "loss.json"} < fetched and not fetched & {"loss.png", "samples.jsonl"}
 
 
 def test_what_the_hub_does_not_hold(hub, tmp_path):
