@@ -20,7 +20,7 @@ import torch
 
 import cli
 from config import Config, ModelConfig, TrainConfig, from_json
-from files import write_json
+from files import read_json, sha256_of, write_json
 from generation import NO_REPEAT, TEMPERATURE
 from hub import find_folder
 from model import BOS, EOS, GPT, PAD, load_weights, save_weights
@@ -28,7 +28,8 @@ from model_card import model_card
 from pieces import BYTE, NORMAL, USER_DEFINED, Pieces, read_pieces, tokenizer_json
 from tokenizer import load_tokenizer
 
-COMPANIONS = ("tokenizer.model", "tokenizer.vocab", "run.json")       # copied unchanged, for the way back
+TOKENIZER = ("tokenizer.model", "tokenizer.vocab")
+FIGURES = ("run.json", "loss.json", "quality.json")       # of the weights beside them
 
 
 # ---------------------------------------------------------------- weights
@@ -74,7 +75,6 @@ GPT2_SETTINGS = {"activation_function": "gelu", "layer_norm_epsilon": 1e-5, "sca
                  "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 GPT2_SIZES = {"vocab_size": "vocab_size", "context_length": "n_positions", "d_embedding": "n_embd",
               "d_intermediate": "n_inner", "n_heads": "n_head", "n_layers": "n_layer"}
-MASKS = (".attn.bias", ".attn.masked_bias")       # which older versions of it kept beside the weights
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 TOKEN_IDS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
@@ -89,7 +89,8 @@ def write_transformers(folder: Path, out: Path) -> None:
     write_json(out / "config.json", {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **GPT2_SETTINGS, "tie_word_embeddings": False,
         **{theirs: getattr(config.model, ours) for ours, theirs in GPT2_SIZES.items()}, **TOKEN_IDS,
-        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "dtype": "float32", "tinynews": config.to_json()})
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "dtype": "float32",
+        "tinynews": {**config.to_json(), "weights_sha256": sha256_of(out / "model.safetensors")}})
     write_json(out / "generation_config.json", {**TOKEN_IDS, "max_length": context_length, "do_sample": True,
                                                 "temperature": TEMPERATURE, "top_k": 0,
                                                 "no_repeat_ngram_size": NO_REPEAT})
@@ -100,25 +101,41 @@ def write_transformers(folder: Path, out: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"]})
     write_json(out / "special_tokens_map.json", TOKENS)
     (out / "README.md").write_text(model_card(model, folder), encoding="utf-8")
+    copy(folder, out, TOKENIZER + FIGURES)
 
 
 def write_tinynews(folder: Path, out: Path) -> None:
-    """Write a transformers folder as a model folder of ours: the inverse of write_transformers, bit for bit."""
-    config = config_of_transformers(folder / "config.json")
+    """Write a transformers folder as a model folder of ours: the inverse of write_transformers, bit for bit.
+
+    Figures come along only if they are of these weights, not of those before a fine-tuning.
+    """
+    config, weights_sha256 = config_of_transformers(folder / "config.json")
     if not (folder / "tokenizer.model").exists():
         raise FileNotFoundError(f"{folder / 'tokenizer.model'}: no such file; copy it from the folder that "
                                 "--to transformers wrote")
     load_tokenizer(folder / "tokenizer.model", config.model.vocab_size)
     model = model_of_transformers(folder / "model.safetensors", config.model)
     model.save_pretrained(out, config.train)
+    is_as_written = sha256_of(folder / "model.safetensors") == weights_sha256
+    copy(folder, out, TOKENIZER + (FIGURES if is_as_written else ()))
 
 
-def config_of_transformers(path: Path) -> Config:
-    """Read transformers' config.json as ours. Raises ValueError naming the first setting that no model of ours has."""
+def copy(folder: Path, out: Path, names: tuple[str, ...]) -> None:
+    """Copy what there is of these files."""
+    for name in names:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
+
+
+def config_of_transformers(path: Path) -> tuple[Config, str | None]:
+    """Read transformers' config.json as ours, and the hash of the weights if write_transformers wrote it.
+
+    Raises ValueError naming the first setting that no model of ours has.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such config; expected a folder that --to transformers wrote")
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("model_type") != "gpt2":
             raise ValueError("not the config of a transformers GPT-2 (model_type gpt2)")
         for name, wanted in GPT2_SETTINGS.items():
@@ -133,17 +150,19 @@ def config_of_transformers(path: Path) -> Config:
             sizes["d_intermediate"] = 4 * sizes["d_embedding"]            # which transformers takes null for
         sizes["qkv_bias"] = isinstance(kept.get("model"), dict) and kept["model"].get("qkv_bias", False)
         train = from_json(TrainConfig, kept["train"], "tinynews.train") if "train" in kept else None
-        return Config(from_json(ModelConfig, sizes, "model"), train)
-    except (ValueError, RecursionError) as error:
+        return Config(from_json(ModelConfig, sizes, "model"), train), kept.get("weights_sha256")
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
     """Load the weights of a GPT2LMHeadModel.
 
-    Raises ValueError naming one that is missing, too much or of another shape. The qkv biases are left out if all are
-    zero and the config does not ask for them.
+    Raises FileNotFoundError, or ValueError naming one that is missing, too much or of another shape. The qkv biases are
+    left out if all are zero and the config does not ask for them.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; save_pretrained writes it, if all weights go into one shard")
     weights = load_weights(path)
     has_bias = config.qkv_bias or any(bool(w.any()) for name, w in weights.items() if name.endswith("c_attn.bias"))
     with torch.device("meta"):
@@ -157,7 +176,7 @@ def model_of_transformers(path: Path, config: ModelConfig) -> GPT:
                              f"the untied GPT2LMHeadModel that {path.with_name('config.json')} describes")
         found[name] = weight.float()
     for theirs in sorted(weights.keys() - set(map(name_in_transformers, found))):
-        if not theirs.endswith((*MASKS, "c_attn.bias")):              # biases not found are zero
+        if not theirs.endswith("c_attn.bias"):                        # biases not found are zero
             raise ValueError(f"{path}: {theirs} is not in the GPT2LMHeadModel that {path.with_name('config.json')} "
                              "describes")
     model.load_state_dict(found, assign=True)
@@ -173,7 +192,8 @@ def write_gguf(folder: Path, out: Path) -> None:
     llama.cpp cuts user-defined symbols out of a text and puts a space in front of what follows each. So only </h>,
     which no merges make, is one there; digits and marks, which merge with nothing, are normal pieces. A prompt such as
     "headline </h>" gives our ids; a story must follow the </h> without a space. llama.cpp aborts at a character for
-    which it has neither a piece nor bytes: 256 byte pieces with the weights of <unk> stand behind ours.
+    which it has neither a piece nor bytes: 256 byte pieces with the weights of <unk> stand behind ours. All together
+    are now and then likely enough to be drawn where no top-k or min-p (llama.cpp has both by default) leaves them out.
     Raises ValueError if the package gguf is not installed.
     """
     try:
@@ -233,9 +253,6 @@ def export(args: argparse.Namespace) -> None:
         else:
             partial.mkdir()
             (write_transformers if args.to == "transformers" else write_tinynews)(folder, partial)
-            for name in COMPANIONS:
-                if (folder / name).exists():
-                    shutil.copyfile(folder / name, partial / name)
         os.replace(partial, args.out)
     finally:
         if partial.is_dir():

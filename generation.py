@@ -26,7 +26,7 @@ TEMPERATURE, NO_REPEAT = 0.7, 6
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None,
-                   no_repeat: int | None) -> None:
+                   no_repeat: int | None, seed: int | None) -> None:
     """Raise ValueError for sampling options that mean nothing."""
     if not (temperature == 0 or 1e-3 <= temperature < float("inf")):
         raise ValueError(f"temperature must be 0 or from 0.001 up, not {temperature}")
@@ -38,6 +38,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None, m
         raise ValueError(f"min_p must be from 0 to 1, not {min_p}")
     if no_repeat is not None and no_repeat < 2:
         raise ValueError(f"no_repeat must be at least 2, not {no_repeat}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must not be negative, but is {seed}")
 
 
 def without_repeated_runs(logits: torch.Tensor, written: torch.Tensor, n: int, separator_id: int) -> torch.Tensor:
@@ -63,6 +65,7 @@ class Draw:
     def __init__(self, n_rows: int, n_steps: int, temperature: float, top_k: int | None, top_p: float | None,
                  min_p: float | None, seed: int | None, device: torch.device):
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self.is_seeded = seed is not None
         if temperature > 0:
             seed = secrets.randbits(62) if seed is None else seed
             dice = [np.random.default_rng(seed + row).random(n_steps, dtype=np.float32) for row in range(n_rows)]
@@ -191,17 +194,19 @@ FEW_ROWS = 2          # up to so many, PyTorch's product in bfloat16 is faster e
 PACKED = weakref.WeakKeyDictionary()       # model -> (state of its weights, the packed decoder made of them)
 
 
-def decoder_of(model: nn.Module, n_rows: int) -> Decoder:
+def decoder_of(model: nn.Module, n_rows: int, is_seeded: bool = False) -> Decoder:
     """Return what to generate with; on a CPU it has, nearly always, packed matrices.
 
-    In bfloat16 on a CPU that has no instructions for it, many rows are computed in float32, from the rounded weights.
+    In bfloat16 on a CPU that has no instructions for it, many rows are computed in float32, from the rounded weights;
+    with a seed, few are too, as its text must not depend on how many there are.
     Packed matrices are kept until a weight changes, by an optimizer or in place; a change through `.data` is not seen.
     """
     weight = model.tok_emb.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    is_packable = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    if not is_packable or not torch.backends.mkldnn.is_available():
         return Decoder(model, plain_linear)
     is_emulated = weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if is_emulated and n_rows <= FEW_ROWS:
+    if is_emulated and n_rows <= FEW_ROWS and not is_seeded:
         return Decoder(model, plain_linear)
     state = [weight.dtype, *((p.data_ptr(), not p.is_inference() and p._version) for p in model.parameters())]
     if model not in PACKED or PACKED[model][0] != state:
@@ -217,7 +222,7 @@ def decoder_of(model: nn.Module, n_rows: int) -> Decoder:
 def generate(model: nn.Module, prompts: list[list[int]], width: int, max_new_tokens: int, draw: Draw,
              stop_id: int | None, pad_id: int, no_repeat: int | None, separator_id: int) -> list[list[int]]:
     """Continue prompts of any lengths, padded to a width, as GPT.generate says; they hold 1 to context_length ids."""
-    decoder, device = decoder_of(model, len(prompts)), model.tok_emb.weight.device
+    decoder, device = decoder_of(model, len(prompts), draw.is_seeded), model.tok_emb.weight.device
     capacity = width + max_new_tokens
     n_pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)       # prompts end together
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)

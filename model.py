@@ -150,7 +150,7 @@ class GPT(nn.Module):
         options out of range.
         """
         self._check_prompts(prompts)
-        generation.check_sampling(temperature, top_k, top_p, min_p, no_repeat)
+        generation.check_sampling(temperature, top_k, top_p, min_p, no_repeat, seed)
         if not prompts or max_new_tokens < 1:
             return [list(prompt) for prompt in prompts]
         max_new_tokens = min(max_new_tokens, self.config.context_length + 1 - min(map(len, prompts)))

@@ -1,7 +1,7 @@
 """The README.md of a transformers folder that export.py writes."""
-import json
 from pathlib import Path
 
+from files import read_json
 from generation import NO_REPEAT, TEMPERATURE
 from model import GPT
 
@@ -16,9 +16,12 @@ def model_card(model: GPT, folder: Path) -> str:
     """
     rows = []
     for name, rows_of in (("run.json", rows_of_run), ("loss.json", rows_of_loss), ("quality.json", rows_of_quality)):
+        if not (folder / name).exists():
+            continue
+        facts = read_json(folder / name)
         try:
-            rows += rows_of(json.loads((folder / name).read_text(encoding="utf-8"))) if (folder / name).exists() else []
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            rows += rows_of(facts)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / name}: not what its command writes ({error})") from None
     n_parameters, config = model.n_parameters, model.config
     told = "\n".join(["", *rows])

@@ -101,7 +101,9 @@ def sample(args: argparse.Namespace) -> None:
                "no_repeat": args.no_repeat or None, "stop_id": tokenizer.eos_id(),
                "prompt_width": max_prompt(config.context_length) if args.headline else 1}
     bulletins = write(source, tokenizer, (prompt for prompt in prompts for _ in range(n_each)), n, seed, options)
-    for bulletin in tqdm(bulletins, total=n, unit="bulletin", disable=None if n > BATCH_SIZE else True):
+    # On a terminal the bulletins themselves show how far it is; a bar would run into them.
+    is_quiet = n <= BATCH_SIZE or sys.stdout.isatty()
+    for bulletin in tqdm(bulletins, total=n, unit="bulletin", disable=is_quiet or None):
         if args.json:
             print(json.dumps(bulletin), flush=True)
         else:

@@ -92,18 +92,18 @@ def prompt_of(tokenizer: sentencepiece.SentencePieceProcessor, headline: str | N
     if headline is None:
         return [tokenizer.bos_id()]
     text = " ".join(headline.lower().translate(ASCII_PUNCTUATION).split())
+    name = f"headline {headline if len(headline) <= 80 else headline[:77] + '...'!r}"
     if not text or SEPARATOR in text:
-        raise ValueError(f"headline {headline!r}: expected a line of text without {SEPARATOR}")
+        raise ValueError(f"{name}: expected a line of text without {SEPARATOR}")
     # A surrogate stands for a byte that is no UTF-8; sentencepiece takes its own sign for a space as one.
     unknown = sorted({c for c in text if "\ud800" <= c <= "\udfff" or c == "\u2581"
                       or tokenizer.unk_id() in tokenizer.encode(c)})
     if unknown:
         shown = " ".join(c if c.isprintable() and not unicodedata.combining(c) else ascii(c) for c in unknown)
-        raise ValueError(f"headline {headline!r}: the tokenizer does not know {shown}")
+        raise ValueError(f"{name}: the tokenizer does not know {shown}")
     ids = [tokenizer.bos_id(), *tokenizer.encode(f"{text} {SEPARATOR}")]
     if len(ids) > max_prompt(context_length):
-        raise ValueError(f"headline {headline!r}: {len(ids)} tokens leave no room for a story in a context of "
-                         f"{context_length}")
+        raise ValueError(f"{name}: {len(ids)} tokens leave no room for a story in a context of {context_length}")
     return ids
 
 

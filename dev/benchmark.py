@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+N_PROMPT_TOKENS = 16
 sys.path.insert(0, str(ROOT))
 
 import cli
@@ -127,11 +128,14 @@ def sample(args: argparse.Namespace) -> dict:
     from record import hardware
     torch.manual_seed(0)
     model = GPT(Config.load(args.config).model).eval()
+    if N_PROMPT_TOKENS + args.new_tokens > model.config.context_length:
+        raise ValueError(f"--new-tokens {args.new_tokens}: with the {N_PROMPT_TOKENS} of a prompt, more than the "
+                         f"context of {model.config.context_length}")
     models = {"transformers": transformers_of(model), "float32": model,
               "bfloat16": copy.deepcopy(model).to(torch.bfloat16)}
     figures = {"hardware": hardware(torch.device("cpu")), "config": str(args.config), "new_tokens": args.new_tokens}
     for n_prompts in args.prompts:
-        prompts = torch.randint(4, model.config.vocab_size, (n_prompts, 16)).tolist()
+        prompts = torch.randint(4, model.config.vocab_size, (n_prompts, N_PROMPT_TOKENS)).tolist()
         texts, seconds = {}, dict.fromkeys(models, math.inf)
         for _ in range(args.rounds):
             for name, writer in models.items():

@@ -2,7 +2,7 @@
 
 Reads:   a model folder and the corpus: headlines from its validation split, its training split to find copies of.
 Writes:  a Markdown table to standard output: options in rows, measures of quality.py in columns.
-Run:     python dev/sampling_defaults.py > models/sampling.md
+Run:     python dev/sampling_defaults.py
 """
 import argparse
 import contextlib

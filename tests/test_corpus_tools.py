@@ -39,6 +39,12 @@ def test_superwords_makes_two_folders_to_train_from(small, tmp_path, capsys):
     assert (tmp_path / "words" / "tokenizer.model").read_bytes() == (small / "tokenizer.model").read_bytes()
 
 
+def test_a_benchmark_of_more_tokens_than_the_context_is_one_line(small, capsys):
+    assert benchmark.main(["sample", "--config", str(small / "config.json"), "--new-tokens", "241"]) == 2
+    assert capsys.readouterr().err == ("error: --new-tokens 241: with the 16 of a prompt, more than the context of "
+                                       "256\n")
+
+
 def test_a_benchmark_of_more_steps_than_the_corpus_fills_is_one_line(small, capsys, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert benchmark.main(["train", "--config", "configs/3M.json", "--data", str(small)]) == 2

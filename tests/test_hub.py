@@ -77,11 +77,14 @@ def test_what_the_hub_says_is_passed_on(hub, tmp_path, status, said):
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_hub_that_cannot_be_reached(hub, tmp_path):
+def test_a_hub_that_cannot_be_reached(hub, tmp_path, monkeypatch):
     hub.shutdown()
     hub.server_close()
     done = find_in_process("someone/bulletins", hub, tmp_path)
     assert done.returncode == 1 and "the hub cannot be reached" in done.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = find_in_process("someone/bulletins", hub, tmp_path)
+    assert done.returncode == 1 and "HF_HUB_OFFLINE is set; no such dataset is in the hub's cache" in done.stderr
 
 
 def test_a_page_that_is_no_hub(hub, tmp_path):
@@ -139,6 +142,7 @@ def test_what_the_hub_does_not_hold(hub, tmp_path):
 def test_paths_never_ask_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)          # importing it would fail
     (tmp_path / "some" / "corpus").mkdir(parents=True)
+    (tmp_path / "some" / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    for name in ("some/corpus", str(tmp_path / "some"), "nowhere", "./no/where", "a/b/c", "/no/where"):
+    for name in ("some/corpus", "some/file", str(tmp_path / "some"), "nowhere", "./no/where", "a/b/c", "/no/where"):
         assert find_folder(name, "model", ["config.json"]) == find_corpus(name) == Path(name)

@@ -119,6 +119,21 @@ def test_seeded_sampling_does_not_depend_on_the_batch(tiny):
     assert together != tiny.generate(prompts, 20, seed=99, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_precisions_generate_too(tiny, dtype):
+    model = GPT.from_pretrained(GOLDEN / "tiny", dtype=dtype)
+    assert model.generate([[1, 7]], 10, stop_id=None)[0][:4] == tiny.generate([[1, 7]], 10, stop_id=None)[0][:4]
+
+
+@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="only where bfloat16 is computed in float32")
+def test_seeded_bfloat16_does_not_depend_on_the_batch_either():
+    torch.manual_seed(0)
+    model = GPT(Config.load(ROOT / "configs" / "3M.json").model).bfloat16().eval()
+    prompts = [[1, 5 + i] for i in range(6)]
+    together = model.generate(prompts, 60, temperature=0.9, seed=3)
+    assert together == [model.generate([p], 60, temperature=0.9, seed=3 + i)[0] for i, p in enumerate(prompts)]
+
+
 def test_packed_matrices_are_made_once_and_anew_when_a_weight_changes(tiny):
     from generation import decoder_of
     first = decoder_of(tiny, 1)
@@ -221,6 +236,11 @@ def test_no_run_of_tokens_comes_twice_and_every_row_is_what_it_is_alone():
 def test_bad_prompts(tiny, prompts, message):
     with pytest.raises(ValueError, match=message):
         tiny.generate(prompts, 5)
+
+
+def test_a_negative_seed(tiny):
+    with pytest.raises(ValueError, match="seed must not be negative, but is -1"):
+        tiny.generate([[1]], 5, temperature=0.7, seed=-1)
 
 
 def test_no_token_sees_the_future(tiny):

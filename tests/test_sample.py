@@ -187,7 +187,7 @@ def test_temperature_0_takes_the_likeliest_and_so_does_top_k_1(write):
 @pytest.mark.parametrize("options, message", [
     (["--model", "nowhere/at/all"], "nowhere/at/all: no such model folder"),
     (["--headline", "Café opens"], "does not know é"),
-    (["--headline", "storm " * 100], "leave no room for a story"),
+    (["--headline", "storm " * 100], "storm storm...': 203 tokens leave no room for a story"),
     (["--headline", ""], "expected a line of text"),
     (["-n", "0"], "-n must be at least 1, not 0"),
     (["--temperature", "-1"], "temperature must be 0 or from 0.001 up"),
