@@ -102,16 +102,22 @@ def tasks_of(paths: list[Path], proto: bytes) -> Iterator[tuple[bytes, list[str]
         yield proto, lines
 
 
+def digest_of(paths: list[Path], tokenizer_path: Path, context_length: int) -> str:
+    """Return the SHA-256 that tells the tokens of text files from those of others, in hexadecimal."""
+    digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
+    for path in [*paths, tokenizer_path]:
+        digest.update(bytes.fromhex(sha256_of(path)))
+    return digest.hexdigest()
+
+
 def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) -> Tokens:
     """Return the tokens of text files, from the cache beside the first of them or else encoded now, on all cores.
 
     Raises FileNotFoundError or ValueError naming the file, also if no bulletin is left to train on or more than
     MAX_UNKNOWN of the tokens are unknown.
     """
-    digest = hashlib.sha256(f"2 {context_length}".encode())       # the number is the version of this encoding
-    for path in [*paths, tokenizer_path]:
-        digest.update(bytes.fromhex(sha256_of(path)))
-    stem = paths[0].parent / ".tokens" / f"{digest.hexdigest()[:24]}-{CACHE_VERSION}"
+    digest = digest_of(paths, tokenizer_path, context_length)
+    stem = paths[0].parent / ".tokens" / f"{digest[:24]}-{CACHE_VERSION}"
     if not stem.with_suffix(".json").exists() and not can_write(stem.parent):
         stem = Path(".tokens").resolve() / stem.name
     if not stem.with_suffix(".json").exists():
@@ -124,7 +130,7 @@ def load_tokens(paths: list[Path], tokenizer_path: Path, context_length: int) ->
         is_whole = False
     if not is_whole:
         raise ValueError(f"{stem}.*: not the tokens that were kept there; delete these files")
-    tokens = Tokens(ids, offsets, **facts, sha256=digest.hexdigest())
+    tokens = Tokens(ids, offsets, **facts, sha256=digest)
     if (share := tokens.n_unknown / len(ids)) > MAX_UNKNOWN:
         raise ValueError(f"{paths[0]}: {share:.1%} of the tokens stand for what {tokenizer_path} does not know; "
                          "a corpus is lower case, as bulletins.py writes it, or has a tokenizer of its own")

@@ -19,7 +19,7 @@ from muon import Muon
 
 MAX_GRAD_NORM = 1.0
 COOLDOWN = 0.3                # share of a run in which the schedule "wsd" falls, after it was constant
-N_COUNTED = 20_000_000        # tokens of the corpus that are counted: enough for bigrams, and little memory
+N_COUNTED = 10_000_000        # tokens of the corpus that are counted: enough for bigrams, and little memory
 PRIOR = 100                   # draws from the frequencies of the pieces that smooth the counts of bigrams
 ROWS_AT_ONCE = 512            # tokens whose logits a CPU holds at once: 8 to 16 MB
 FREQUENT = 2 / 3              # share of the most frequent pieces among the candidates of a step

@@ -1,5 +1,7 @@
 """One training run: the parts that it is made of, its batches, and the checkpoint from which it goes on."""
 import argparse
+import ast
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,7 +29,10 @@ from record import read_log
 from tokenizer import load_tokenizer
 
 CHECKPOINT = "checkpoint.pt"
-CHECKPOINT_VERSION = 5        # of what a step computes: a checkpoint of another version would end in other bytes
+STEP_CODE = ("data.py", "model.py", "muon.py", "recipe.py")           # what a step computes
+TITLES = {"first_weights_sha256": "the first weights", "tokenizer_sha256": "the tokenizer",
+          "train_sha256": "the training text", "validation_sha256": "the validation text",
+          "code_sha256": f"the code ({', '.join(STEP_CODE)})"}         # of an identity's members; the others need none
 
 
 def held_in(out: Path) -> str | None:
@@ -164,14 +169,15 @@ class Run:
         No random state is among it: the order of the data is a function of seed and epoch, and what a step draws one
         of seed and step.
         """
-        settings = {f"{part}.{key}": value for part, values in self.config.to_json().items()
+        settings = {f"{part}.{key}": value for part, values in dataclasses.asdict(self.config).items()
                     for key, value in values.items()}
         first_weights = self.args.config / "model.safetensors" if self.args.config.is_dir() else None
         return {**settings, "first_weights_sha256": sha256_of(first_weights) if first_weights else None,
                 "tokenizer_sha256": sha256_of(self.args.tokenizer),
                 "train_sha256": self.train.sha256, "validation_sha256": self.validation.sha256,
                 "n_steps": self.n_steps, "max_minutes": self.args.max_minutes, "device": self.device.type,
-                "processes": self.ranks.n, "torch": str(torch.__version__), "version": CHECKPOINT_VERSION}
+                "processes": self.ranks.n, "torch": str(torch.__version__), "numpy": np.__version__,
+                "code_sha256": code_sha256()}
 
     def _check_all_are_alike(self) -> None:
         """Raise ValueError, in all processes, if they would not do the same: they would wait for each other in vain."""
@@ -181,9 +187,20 @@ class Run:
             raise ValueError("the processes differ in their corpus, tokenizer, config, options, code or PyTorch; each "
                              "node needs the same")
 
+    def check_finite(self, loss: float) -> None:
+        """Raise ValueError if a loss is not a number any more."""
+        if not math.isfinite(loss):
+            delete = f"; delete {self.checkpoint_path} first" if self.checkpoint_path.exists() else ""
+            raise ValueError(f"the loss is {loss} by step {self.step:,}: training has diverged; begin anew with a "
+                             f"lower learning rate{delete}")
+
     def save_checkpoint(self) -> None:
-        """Write what the run needs to go on; all processes hold the same, so the first writes and the others wait."""
+        """Write what the run needs to go on; all processes hold the same, so the first writes and the others wait.
+
+        Raises ValueError, in all processes, if training has diverged.
+        """
         tally = self.ranks.sum(self.tally.clone())
+        self.check_finite(tally[0].item())          # else the next evaluation would find it, after a good checkpoint
         if self.ranks.is_first:
             state = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
                      "step": self.step, "stage": self.stage, "elapsed_s": self.elapsed_s, "n_tokens": self.n_tokens,
@@ -205,8 +222,10 @@ class Run:
                              "to begin anew") from None
         names = [name for name in {**before, **self.identity} if before.get(name) != self.identity.get(name)]
         if names:
-            told = "; ".join(f"{name} was {before.get(name)}, is {self.identity.get(name)}" for name in names)
-            raise ValueError(f"{self.checkpoint_path}: cannot go on, the run was started otherwise: {told}")
+            told = "; ".join(f"{TITLES.get(name, name)} was {str(before.get(name))[:12]}, "
+                             f"is {str(self.identity.get(name))[:12]}" for name in names)
+            raise ValueError(f"{self.checkpoint_path}: cannot go on, the run was started otherwise: {told}; delete it "
+                             "to begin anew, or choose another --out")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -218,6 +237,12 @@ class Run:
             self.tally = state["tally"].to(self.device)
         # Entries written after the checkpoint will be written again.
         self.log = [entry for entry in read_log(self.log_path) if entry["step"] <= self.step]
+
+
+def code_sha256() -> str:
+    """Return the SHA-256 of what a step computes; comments and layout do not count."""
+    trees = [ast.dump(ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))) for name in STEP_CODE]
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
 
 
 def save(state: dict, path: Path) -> None:

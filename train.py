@@ -4,7 +4,7 @@ Reads:   a config (or a model folder, to train it further), a corpus folder or a
          (see corpus.py), the tokenizer named after the config's vocab_size.
 Writes:  model.safetensors, config.json, tokenizer.model, tokenizer.vocab, run.json, log.jsonl and loss.png in --out;
          checkpoint.pt while it runs. Ctrl-C and SIGTERM save a checkpoint; --resume goes on from it.
-Run:     python train.py --config configs/3M.json
+Run:     python train.py --config configs/3M-fast.json                          # 34 min on one CPU core
          torchrun --nproc_per_node=2 train.py --config configs/3M.json          # on several devices
 """
 import argparse
@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 import cli
 from config import Config
-from corpus import find_corpus
-from data import IGNORED, bulletin_losses
+from corpus import corpus_files, find_corpus
+from data import IGNORED, bulletin_losses, digest_of
 from devices import told_if_full
-from files import write_beside, write_json
+from files import read_json, write_beside, write_json
 from model import BOS
 from recipe import learning_rate, train_step
 from record import Board, commit_of_checkout, draw_log, hardware, write_log
@@ -102,8 +102,7 @@ def evaluate(run: Run, board: Board, lr: float, grad_norm: torch.Tensor, bar: tq
     run.tally.zero_()
     val_loss = run.ranks.first(validation_loss(run) if run.ranks.is_first else 0.0)
     for loss in (nats, val_loss):
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} by step {run.step:,}: training has diverged; lower the learning rate")
+        run.check_finite(loss)
     if not run.ranks.is_first:
         return
     entry = {"step": run.step, "epoch": run.step / run.steps_an_epoch, "n_tokens": run.n_tokens,
@@ -114,8 +113,11 @@ def evaluate(run: Run, board: Board, lr: float, grad_norm: torch.Tensor, bar: tq
     if time.perf_counter() - run.drawn > DRAW_EVERY_S:
         draw(run)
     board.add(entry)
+    limit_s = 60 * (run.args.max_minutes or math.inf)
+    left_s = min(run.elapsed_s / run.step * (run.n_steps - run.step), max(0.0, limit_s - run.elapsed_s))
     bar.write(f"step {run.step}/{run.n_steps}  loss {entry['loss']:.3f}  val {entry['val_loss']:.3f}  lr {lr:.1e}  "
-              f"norm {entry['grad_norm']:.2f}  {run.n_tokens / run.elapsed_s:,.0f} tok/s", file=sys.stderr)
+              f"norm {entry['grad_norm']:.2f}  {run.n_tokens / run.elapsed_s:,.0f} tok/s  {left_s / 60:.0f} min left",
+              file=sys.stderr)
     for headline, story in samples(run, run.args.samples):
         bar.write(f"    {headline} </h> {story}", file=sys.stderr)
 
@@ -201,9 +203,24 @@ def complete(args: argparse.Namespace) -> Config:
     return config
 
 
+def check_is_the_same(args: argparse.Namespace, config: Config) -> None:
+    """Raise ValueError if the finished model in --out was trained otherwise than is asked for now."""
+    found = read_json(args.out / "run.json")
+    wanted = {"config": config.to_json()}
+    for split in ("train", "validation"):
+        wanted[f"{split}_sha256"] = digest_of(corpus_files(args.data, split), args.tokenizer,
+                                              config.model.context_length)
+    titles = {"config": "config", "train_sha256": "training text or tokenizer",
+              "validation_sha256": "validation text or tokenizer"}
+    names = [titles[name] for name in wanted if not isinstance(found, dict) or found.get(name) != wanted[name]]
+    if names:
+        raise ValueError(f"{args.out}: holds a finished model of another {', '.join(names)}; choose another --out")
+
+
 def train(args: argparse.Namespace) -> None:
     config = complete(args)
     if args.held == "model.safetensors":
+        check_is_the_same(args, config)
         forget_checkpoint(args.out)             # a kill may have come between the weights and this
         print(f"{args.out}: finished already", file=sys.stderr)
         return

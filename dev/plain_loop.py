@@ -43,6 +43,7 @@ def compare(args: argparse.Namespace) -> None:
     for key, published in (("optimizer", "adamw"), ("beta2", 0.999), ("n_candidates", 0)):
         if getattr(config.train, key) != published:
             raise ValueError(f"{args.config}: train.{key} must be {published}, all that the plain loop knows")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
         ours = sweep.train_one(seeded.to_json(), args)

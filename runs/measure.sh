@@ -2,9 +2,9 @@
 # Measure a model: write loss.json, samples.jsonl (128 bulletins) and quality.json into its folder.
 #     bash runs/measure.sh results/3M [CORPUS_FOLDER]
 set -euo pipefail
+model=$(realpath "$1") corpus=$(realpath "${2:-$(dirname "$0")/../training_data}")
 cd "$(dirname "$0")/.."
 source runs/environment.sh
-model=$1 corpus=${2:-training_data}
 for held_out in "$corpus"/validation.txt "$corpus"/validation.txt.xz; do
     [ -e "$held_out" ] && break
 done

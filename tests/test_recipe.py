@@ -237,7 +237,7 @@ def test_muon_goes_on_from_its_state():
 
 
 def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
-    monkeypatch.setattr(devices, "WORTH_COMPILING_S", 0)
+    monkeypatch.setitem(devices.WORTH_COMPILING_S, "cpu", 0)
     _, loss, _ = new()
     for error, told in ((RuntimeError("no g++\nat all"), "RuntimeError no g++ at all; is there a C++ compiler?"),
                         (torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError CUDA out of memory.")):
@@ -247,6 +247,15 @@ def test_without_a_compiler_the_run_stays_eager(monkeypatch, capsys):
         assert not devices.pays_to_compile(loss, recipe.part_of(batch()), 1000, math.inf, torch.bfloat16)
         assert capsys.readouterr().err.endswith(f"not compiled, the run takes longer: {told}\n")
         assert all(p.grad is None for p in loss.parameters())
+
+
+@pytest.mark.parametrize("compiled_s, pays", [(0.8, True), (1.2, False)])
+def test_what_is_compiled_must_be_faster_than_eager(monkeypatch, compiled_s, pays):
+    _, loss, _ = new()
+    compiled = object()
+    monkeypatch.setattr(devices, "compile_loss", lambda loss, batches: compiled)
+    monkeypatch.setattr(devices, "pass_s", lambda loss, *batch, n_times=3: compiled_s if loss is compiled else 1.0)
+    assert devices.pays_to_compile(loss, recipe.part_of(batch()), 1000, math.inf, torch.bfloat16) is pays
 
 
 def test_short_runs_and_cpus_in_float32_stay_eager(monkeypatch, capsys):

@@ -255,6 +255,19 @@ def test_resuming_what_is_finished_is_no_error(finished, small, capsys):
     assert "finished already" in capsys.readouterr().err and (finished[0] / "model.safetensors").read_bytes() == before
 
 
+def test_a_finished_model_is_not_taken_for_another(finished, small, tmp_path, capsys):
+    config = json.loads((small / "config.json").read_text())
+    config["train"]["peak_lr"] = 0.02
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    assert train.main([*command(small, finished[0], "--resume")[2:], "--config", str(tmp_path / "other.json")]) == 2
+    assert capsys.readouterr().err.endswith("holds a finished model of another config; choose another --out\n")
+    shutil.copytree(small, tmp_path / "corpus", ignore=shutil.ignore_patterns(".tokens"))
+    with (tmp_path / "corpus" / "train.txt").open("a") as file:
+        file.write("rain </h> it rained.\n")
+    assert train.main([*command(small, finished[0], "--resume")[2:], "--data", str(tmp_path / "corpus")]) == 2
+    assert "of another training text or tokenizer; choose" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_a_finished_run_left_is_forgotten(finished, small, tmp_path):
     """A kill may come between the weights and the end."""
     shutil.copytree(finished[0], tmp_path / "model")
@@ -272,18 +285,23 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, smal
     config["train"]["peak_lr"] = 0.02
     (tmp_path / "other.json").write_text(json.dumps(config))
     assert train.main([*command(small, out, "--resume")[2:], "--config", str(tmp_path / "other.json")]) == 2
-    assert "started otherwise: train.peak_lr was 0.01, is 0.02\n" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("started otherwise: train.peak_lr was 0.01, is 0.02; delete it to begin "
+                                            "anew, or choose another --out\n")
+    config["train"].update(peak_lr=0.01, seed=3)
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    assert train.main([*command(small, out, "--resume")[2:], "--config", str(tmp_path / "other.json")]) == 2
+    assert "started otherwise: train.seed was 0, is 3; delete" in capsys.readouterr().err
     assert train.main([*command(small, out, "--resume")[2:], "--config", str(finished[0])]) == 2
-    assert "started otherwise: first_weights_sha256 was None, is " in capsys.readouterr().err
+    assert "started otherwise: the first weights was None, is " in capsys.readouterr().err
     shutil.copytree(small, tmp_path / "corpus", ignore=shutil.ignore_patterns(".tokens"))
     text = (small / "train.txt").read_text()
     (tmp_path / "corpus" / "train.txt").write_text(text[text.index("\n") + 1:])
     assert train.main([*command(small, out, "--resume")[2:], "--data", str(tmp_path / "corpus")]) == 2
-    assert "started otherwise: train_sha256 was " in capsys.readouterr().err
+    assert "started otherwise: the training text was " in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(run, "CHECKPOINT_VERSION", 0)
+        patch.setattr(run, "code_sha256", lambda: "0123456789abcdef")
         assert train.main(command(small, out, "--resume")[2:]) == 2
-    assert f"started otherwise: version was {run.CHECKPOINT_VERSION}, is 0\n" in capsys.readouterr().err
+    assert f"recipe.py) was {run.code_sha256()[:12]}, is 0123456789ab; delete" in capsys.readouterr().err
     for broken, message in ((b"{", "not JSON"), (b"[" * 100_000, "not JSON"), (b"\xff", "not JSON"),
                             (b"1", "expected an object with step"), (b"{}", "expected an object with step")):
         (out / "log.jsonl").write_bytes(broken)
@@ -423,6 +441,45 @@ def test_out_of_memory_outside_of_a_step_is_one_line(small, tmp_path, monkeypatc
                                             "model.d_embedding or model.n_layers\n")
 
 
+def test_a_run_that_has_diverged_leaves_the_checkpoint_from_before(small, tmp_path, capsys, monkeypatch):
+    step = train.train_step
+
+    def diverge_in_the_third(*args):
+        nats, norm = step(*args)
+        calls.append(norm)
+        return nats * (torch.nan if len(calls) == 3 else 1), norm
+
+    calls, out = [], tmp_path / "model"
+    monkeypatch.setattr(train, "train_step", diverge_in_the_third)
+    start = command(small, out, "--max-steps", 20, "--eval-every", 20, "--checkpoint-every", 0)[2:]
+    assert train.main(start) == 2
+    assert capsys.readouterr().err.endswith("the loss is nan by step 3: training has diverged; begin anew with a "
+                                            f"lower learning rate; delete {out / 'checkpoint.pt'} first\n")
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_tensorboard_gets_each_entry_of_the_log(small, tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+        def flush(self):
+            told.append("flushed")
+
+    told, out = [], tmp_path / "model"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    assert train.main(command(small, out, "--tensorboard", "--max-steps", 2, "--eval-every", 1)[2:]) == 0
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    wanted = [(out, 1)]
+    for entry in entries:
+        step = entry.pop("step")
+        wanted += [*((name, value, step) for name, value in entry.items()), "flushed"]
+    assert len(entries) == 2 and told == wanted
+
+
 def test_tensorboard_is_asked_for_by_name(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train.main(command(small, tmp_path / "model", "--tensorboard")[2:]) == 2
@@ -489,7 +546,7 @@ def test_processes_that_do_not_share_the_checkpoint_do_not_go_on(small, tmp_path
 
 
 def another_version_on_the_second() -> None:
-    run.CHECKPOINT_VERSION += int(os.environ["RANK"])
+    run.code_sha256 = lambda: os.environ["RANK"]
 
 
 def test_processes_that_would_do_otherwise_than_the_first_are_told(small, tmp_path):
