@@ -4,7 +4,7 @@ Reads:   a folder of raw answers (*.jsonl, *.jsonl.xz, see answers.py).
 Writes:  train.txt and validation.txt (one bulletin a line: lower case, "headline </h> story"), report.json (how many
          bulletins fell to which rule) and rejected.jsonl (each of them: rule, key, headline) in --out.
          With --shards: validation.txt.xz and train-000.txt.xz, train-001.txt.xz ..., never rewritten (see corpus.py).
-Run:     python bulletins.py --raw training_data/raw-offline --out training_data/clean
+Run:     python bulletins.py --raw training_data/raw-offline --out training_data/clean       # 23 s on 2 CPU cores
 """
 import argparse
 import hashlib

@@ -2,7 +2,7 @@
 
 Reads:   a model folder; for --to tinynews, a folder that --to transformers wrote, or one fine-tuned from it.
 Writes:  --out, whole or not at all: a folder (transformers, with its model card; tinynews) or one file (gguf).
-Run:     python export.py --model results/3M --to transformers --out models/3M-transformers
+Run:     python export.py --model results/3M --to transformers --out models/3M-transformers       # 6 s
 
 The architecture is GPT-2's with exact GELU and an untied head, so AutoModelForCausalLM loads the folder without remote
 code; biases that our models do not have are zeros there. llama.cpp always computes GPT-2 with the tanh form of GELU:

