@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import TrainConfig
+from config import ModelConfig, TrainConfig
 from data import IGNORED, Batch, send
 from model import EOS, GPT
 from muon import Muon
@@ -93,9 +93,11 @@ def set_to_bigrams(model: GPT, ids: np.ndarray) -> None:
     size = (n_of @ u.square().sum(1) / n_of.sum()).sqrt()
     u, v = u * ((1 - SHARED) * d_embedding) ** 0.5 / size, v * size / ((1 - SHARED) * d_embedding) ** 0.5
     shared = (SHARED * d_embedding) ** 0.5
-    # Orthonormal axes for log p and the factors, (C, 1 + rank), at right angles to the mean, which the norm removes.
-    random = torch.cat([torch.ones(d_embedding, 1), torch.randn(d_embedding, u.shape[1] + 1)], 1)
-    axes = torch.linalg.qr(random)[0][:, 1:]
+    # Orthonormal axes for log p and the factors, (C, 1 + rank), at right angles to the mean, which the norm removes. A
+    # mirror that takes the first coordinate to the mean leaves the others nearly as they are, each with a factor of its
+    # own, and AdamW has a step size for each coordinate.
+    mirror = torch.eye(d_embedding)[0] - d_embedding**-0.5
+    axes = (torch.eye(d_embedding) - 2 * torch.outer(mirror, mirror) / mirror.square().sum())[:, 1:u.shape[1] + 2]
     model.tok_emb.weight.copy_(torch.cat([torch.full_like(log_p, shared)[:, None], u], 1) @ axes.T)
     model.out_head.weight.copy_(torch.cat([(log_p - log_p.mean())[:, None] / shared, v], 1) @ axes.T)
 
@@ -162,7 +164,7 @@ class NextTokenLoss(nn.Module):
             states = self.model.hidden(inputs, places)                                  # (B, T) -> (N, C)
         head, targets = self.model.out_head.weight, targets.flatten()[places]           # (B, T) -> (N,)
         if pieces is not None:
-            place = torch.empty(len(head), dtype=torch.long, device=head.device)
+            place = torch.full((len(head),), IGNORED, device=head.device)
             place[pieces] = torch.arange(len(pieces), device=head.device)
             head, targets = head[pieces], place[targets.clamp(min=0)].where(targets != IGNORED, IGNORED)
         return HeadLoss.apply(states.to(self.dtype), head.to(self.dtype), targets, log_weights)
@@ -173,12 +175,18 @@ class Candidates:
 
     They are the targets of the batch, the most frequent pieces of the corpus, and as many of the others, drawn at
     random, as make up n_candidates. Each drawn piece stands for all that might have been drawn in its place, so that
-    the sum of the softmax is right on average (Jean et al. 2015, "On using very large target vocabulary").
+    the sum of the softmax is right on average (Jean et al. 2015, "On using very large target vocabulary"). Should a
+    batch ever have more different targets than n_candidates, the loss leaves out those that find no room.
     """
 
-    def __init__(self, config: TrainConfig, vocab_size: int, ids: np.ndarray):
-        """ids [n]: the training text end to end."""
+    def __init__(self, config: TrainConfig, model: ModelConfig, ids: np.ndarray):
+        """ids [n]: the training text end to end. Raises ValueError if a batch of it would hardly have room."""
         self.config = config
+        n_in_batch = len(np.unique(ids[:config.batch_size * model.context_length]))
+        if 0 < config.n_candidates < n_in_batch:
+            raise ValueError(f"train.n_candidates is {config.n_candidates}, but as much text as a batch may hold has "
+                             f"{n_in_batch} different pieces")
+        vocab_size = model.vocab_size
         n_of = np.bincount(ids[:N_COUNTED], minlength=vocab_size)
         self.priority = torch.zeros(vocab_size)
         self.priority[np.argsort(-n_of, kind="stable")[:int(FREQUENT * config.n_candidates)].copy()] = 1.0
@@ -194,7 +202,7 @@ class Candidates:
         rng = np.random.default_rng([self.config.seed, step])
         dice = torch.from_numpy(rng.random(len(self.priority), dtype=np.float32))
         score = send(self.priority + dice.clamp(max=0.999), targets.device)                       # (V,)
-        score.scatter_(0, targets.flatten().clamp(min=0), 2.0)    # never left out; nor is piece 0, for what is IGNORED
+        score.scatter_(0, targets.flatten().clamp(min=0), 2.0)    # first of all; so is piece 0, for what is IGNORED
         score, pieces = score.topk(self.config.n_candidates)
         n_sure = (score >= 1).sum()
         n_per_draw = (len(self.priority) - n_sure) / (self.config.n_candidates - n_sure)

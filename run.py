@@ -88,7 +88,7 @@ class Run:
         self.model.to(self.device).train()
         self.train.to(self.device)
         self.optimizers = make_optimizers(self.model, self.config.train)
-        self.candidates = Candidates(self.config.train, self.config.model.vocab_size, self.train.ids)
+        self.candidates = Candidates(self.config.train, self.config.model, self.train.ids)
 
     def make_loss(self) -> Callable:
         """Return what a step calls: model and loss, compiled if that pays; the gradients are those of all processes.

@@ -72,7 +72,7 @@ def our_steps(model: GPT, config: Config, tokens: Tokens, device: torch.device, 
     """Return what makes one step of train.py on the bulletins of the given indices, at the given learning rate."""
     loss, optimizers = NextTokenLoss(model, faster_dtype(device)), make_optimizers(model, config.train)
     loss = compile_loss(loss) if is_compiled else loss
-    candidates = Candidates(config.train, config.model.vocab_size, tokens.ids)
+    candidates = Candidates(config.train, config.model, tokens.ids)
 
     def step(indices: np.ndarray, lr: float) -> torch.Tensor:
         batch = tokens.batch(indices)

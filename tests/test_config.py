@@ -24,7 +24,7 @@ TINY = Path(__file__).parent / "golden" / "tiny" / "config.json"
     ("train", "warmup_ratio", 1.0, "train.warmup_ratio"),
     ("train", "seed", -1, "train.seed must not be negative"),
     ("train", "optimizer", "sgd", "train.optimizer must be adamw or muon, not 'sgd'"),
-    ("train", "n_candidates", 9, "train.n_candidates must be 0, for all pieces, or from"),
+    ("train", "n_candidates", 9_000, "train.n_candidates must be at most model.vocab_size ("),
     ("train", "momentum", 0.9, "unknown key train.momentum"),
     ("train", "peak_lr", 10**400, "train.peak_lr must be below 2**63, not 1000"),
     ("model", "d_embedding", 10**21, "model.d_embedding must be below 2**63"),

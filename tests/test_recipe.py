@@ -12,7 +12,7 @@ import devices
 import recipe
 from config import ModelConfig, TrainConfig
 from data import IGNORED, Batch
-from model import GPT
+from model import GPT, RowwiseAttention
 from muon import Muon
 
 MODEL = ModelConfig(vocab_size=64, context_length=16, d_embedding=16, d_intermediate=32, n_heads=2, n_layers=2,
@@ -37,7 +37,7 @@ def new(train: TrainConfig = TRAIN) -> tuple[GPT, recipe.NextTokenLoss, list[tor
 
 def weights_after(train: TrainConfig = TRAIN, n_steps: int = 4, **options) -> torch.Tensor:
     model, loss, optimizers = new(train)
-    candidates = recipe.Candidates(train, MODEL.vocab_size, TEXT)
+    candidates = recipe.Candidates(train, MODEL, TEXT)
     for step in range(1, n_steps + 1):
         rows = batch(seed=step)
         lr = recipe.learning_rate(step, n_steps, train)
@@ -129,6 +129,15 @@ def test_small_blocks_start_as_the_identity(init):
     assert all(torch.equal(block(x, (2, 3), None), x) for block in model.trf_blocks)
 
 
+def test_attention_row_by_row_has_the_values_and_gradients_of_attention():
+    lengths, n_heads = [5, 1, 8, 3], 2
+    qkv = torch.randn(17, 3 * 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    rows = [row.view(len(row), 3, n_heads, 4).permute(1, 2, 0, 3) for row in qkv.split(lengths)]
+    y = [F.scaled_dot_product_attention(*row, is_causal=True).transpose(0, 1).flatten(1) for row in rows]
+    torch.testing.assert_close(RowwiseAttention.apply(qkv, lengths, n_heads), torch.cat(y))
+    assert torch.autograd.gradcheck(lambda x: RowwiseAttention.apply(x, lengths, n_heads), qkv)
+
+
 def test_the_first_weights_know_the_bigrams_of_the_text():
     """A text of pairs, each first piece followed by one of its own two, costs about ln 2 nats a second piece."""
     pieces = np.arange(4, 64).reshape(20, 3)
@@ -149,7 +158,7 @@ def test_the_first_weights_know_the_bigrams_of_the_text():
 
 
 def test_candidates_hold_every_target_and_the_softmax_is_right_on_average():
-    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=40), 64, TEXT)
+    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=40), MODEL, TEXT)
     targets = batch().targets
     logits, sums = torch.randn(64, generator=torch.Generator().manual_seed(0)), []
     for step in range(2000):
@@ -161,10 +170,25 @@ def test_candidates_hold_every_target_and_the_softmax_is_right_on_average():
     assert torch.equal(pieces, again[0]) and not torch.equal(pieces, other[0])
 
 
+def test_targets_that_find_no_room_among_the_candidates_are_left_out():
+    _, loss, _ = new()
+    inputs, targets, places = recipe.part_of(batch())
+    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=20), MODEL, TEXT[:1])
+    pieces, log_weights = candidates.draw(targets, 1)
+    assert len(set(targets.flatten().tolist()) - {IGNORED}) > 20 and log_weights.eq(0).all()
+    fewer = torch.where(torch.isin(targets, pieces), targets, IGNORED)
+    assert loss(inputs, targets, places, pieces, log_weights) == loss(inputs, fewer, places, pieces, log_weights) > 0
+
+
+def test_too_few_candidates_are_refused():
+    with pytest.raises(ValueError, match=r"train.n_candidates is 5, but as much text as a batch may hold has \d+ diff"):
+        recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=5), MODEL, TEXT)
+
+
 def test_where_all_pieces_are_candidates_the_loss_is_the_whole_one():
     _, loss, _ = new()
     part, targets = recipe.part_of(batch()), batch().targets
-    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=64), 64, TEXT)
+    candidates = recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=64), MODEL, TEXT)
     torch.testing.assert_close(loss(*part, *candidates.draw(targets, 1)), loss(*part))
 
 
