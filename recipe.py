@@ -23,6 +23,7 @@ N_COUNTED = 10_000_000        # tokens of the corpus that are counted: enough fo
 PRIOR = 100                   # draws from the frequencies of the pieces that smooth the counts of bigrams
 ROWS_AT_ONCE = 512            # tokens whose logits a CPU holds at once: 8 to 16 MB
 FREQUENT = 2 / 3              # share of the most frequent pieces among the candidates of a step
+EMBEDDING_RATE = 5            # learning rate of the embeddings beside Muon, over that of what else AdamW trains
 SHARED = 0.7                  # share of the embeddings' squared length in the direction that all of them have
 
 
@@ -216,7 +217,8 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     """Return the optimizers, the learning rate of each group over peak_lr in its "lr_ratio".
 
     optimizer "adamw": decay on all parameters, norms and biases too, as the published models were trained. "muon": Muon
-    at muon_lr for the matrices of the blocks, AdamW at peak_lr for the rest.
+    at muon_lr for the matrices of the blocks, AdamW for the rest, at peak_lr, and at EMBEDDING_RATE times that for the
+    embeddings.
     """
     adamw = {"betas": (0.9, config.beta2), "eps": 1e-8, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adamw":
@@ -225,9 +227,11 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
         qkv = [block.att.qkv.weight for block in model.trf_blocks]
         single = [layer.weight for block in model.trf_blocks for layer in (block.att.proj, *block.ff.layers[::2])]
         groups = [{"params": qkv, "n_parts": 3}, {"params": single, "n_parts": 1}]
-        rest = [p for p in model.parameters() if id(p) not in {id(matrix) for matrix in qkv + single}]
+        embeddings = [model.tok_emb.weight, model.pos_emb.weight]
+        rest = [p for p in model.parameters() if id(p) not in {id(other) for other in qkv + single + embeddings}]
+        rates = [{"params": rest}, {"params": embeddings, "lr": EMBEDDING_RATE * config.peak_lr}]
         optimizers = [Muon(groups, config.muon_lr, config.weight_decay),
-                      torch.optim.AdamW(rest, lr=config.peak_lr, **adamw)]
+                      torch.optim.AdamW(rates, lr=config.peak_lr, **adamw)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr_ratio"] = group["lr"] / config.peak_lr

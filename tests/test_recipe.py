@@ -116,6 +116,17 @@ def test_muon_lr_has_an_effect_on_muon_alone():
     assert torch.equal(other(0.02), other(0.03))
 
 
+def test_beside_muon_the_embeddings_learn_faster_than_the_rest_and_nothing_is_left_out():
+    model, _, optimizers = new(dataclasses.replace(TRAIN, optimizer="muon", muon_lr=0.03))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_muon = name.startswith("trf_blocks") and parameter.ndim == 2
+        expected = 0.03 if is_muon else 0.05 if name.endswith("emb.weight") else 0.01
+        assert rates.pop(id(parameter)) == pytest.approx(expected), name
+    assert rates == {}
+
+
 @pytest.mark.parametrize("schedule, rates", [("linear", [0.5, 1.0, 0.55, 0.1]), ("wsd", [0.5, 1.0, 1.0, 0.1])])
 def test_schedules_at_their_corners(schedule, rates):
     config = dataclasses.replace(TRAIN, peak_lr=1.0, schedule=schedule)
