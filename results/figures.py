@@ -39,11 +39,14 @@ def read_json(path: Path) -> dict | None:
 
 
 def corpora(runs: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """Yield (name, runs) for each corpus, vocabulary, optimizer and batch size: only where all agree, sizes compare."""
+    """Yield (name, runs) for each corpus, vocabulary and recipe: only where all agree, sizes compare."""
     groups: dict[str, list[dict]] = {}
     for run in runs:
+        train = run["config"]["train"]
         name = (f"corpus {run['train_sha256'][:6]}, {run['config']['model']['vocab_size']:,} pieces, "
-                f"{optimizer_of(run)}, batches of {run['config']['train']['batch_size']}")
+                f"{optimizer_of(run)}, batches of {train['batch_size']}")
+        if train.get("n_candidates"):
+            name += f", {train['n_candidates']:,} candidates"
         groups.setdefault(name, []).append(run)
     yield from groups.items()
 

@@ -30,9 +30,10 @@ def test_runs_compare_only_where_corpus_and_recipe_agree(figures):
         return {"train_sha256": corpus, "config": {"model": {"vocab_size": 8192}, "train": {"batch_size": 8, **train}}}
 
     runs = [run("abcdef0"), run("abcdef0", seed=1), run("abcdef0", batch_size=32), run("abcdef0", optimizer="muon"),
-            run("0abcdef")]
+            run("0abcdef"), run("abcdef0", optimizer="muon", n_candidates=1536)]
     groups = dict(figures.corpora(runs))
-    assert [len(members) for members in groups.values()] == [2, 1, 1, 1]
+    assert [len(members) for members in groups.values()] == [2, 1, 1, 1, 1]
+    assert list(groups)[-1] == "corpus abcdef, 8,192 pieces, muon, batches of 8, 1,536 candidates"
     assert "corpus abcdef, 8,192 pieces, adamw, batches of 8" in groups
 
 
