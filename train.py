@@ -4,7 +4,7 @@ Reads:   a config (or a model folder, to train it further), a corpus folder or a
          (see corpus.py), the tokenizer named after the config's vocab_size.
 Writes:  model.safetensors, config.json, tokenizer.model, tokenizer.vocab, run.json, log.jsonl and loss.png in --out;
          checkpoint.pt while it runs. Ctrl-C and SIGTERM save a checkpoint; --resume goes on from it.
-Run:     python train.py --config configs/3M-fast.json                          # 34 min on one CPU core
+Run:     python train.py --config configs/3M-fast.json                          # 26 min on one CPU core
          torchrun --nproc_per_node=2 train.py --config configs/3M.json          # on several devices
 """
 import argparse

@@ -205,7 +205,7 @@ def panels(n: int, **options) -> tuple[Figure, np.ndarray]:
 def plot_overfitting(runs: list[dict]) -> Figure:
     """Draw the loss on training and on held-out bulletins of each run over its steps."""
     logged = [run for run in runs if run["log"]]
-    figure, grid = panels(len(logged), sharey=True)
+    figure, grid = panels(len(logged), sharey=True, dpi=80)             # many panels: the notebook stays small
     for axes, run in zip(grid, logged):
         for key, label in (("loss", "training"), ("val_loss", "held-out")):
             points = [(line["step"], line[key]) for line in run["log"] if line.get(key) is not None]
