@@ -20,6 +20,7 @@ from files import write_beside, write_json
 # Axes: B batch, T tokens, N real tokens (of the B * T), C d_embedding, H heads, D head size (C = H * D), V vocabulary
 
 PAD, BOS, EOS, SEPARATOR_ID = range(4)       # ids of the special tokens; padding shares the id of <unk>
+LONGEST_ROW = 128                            # tokens; attention keeps the weights [H, L, L] of rows up to this length
 
 
 # ---------------------------------------------------------------- layers
@@ -88,7 +89,8 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, shape: tuple[int, int], places: torch.Tensor | None) -> torch.Tensor:
         qkv = self.qkv(x)                                          # (N, C) -> (N, 3C)
-        is_fast_by_row = x.device.type == "cpu" and qkv.dtype == torch.float32 and not torch.compiler.is_compiling()
+        is_fast_by_row = (x.device.type == "cpu" and qkv.dtype == torch.float32 and shape[1] <= LONGEST_ROW and
+                          not torch.compiler.is_compiling())
         if places is not None and is_fast_by_row:
             lengths = torch.bincount(places // shape[1], minlength=shape[0]).tolist()
             return self.proj(RowwiseAttention.apply(qkv, lengths, self.n_heads))

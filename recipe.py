@@ -185,8 +185,8 @@ class Candidates:
         self.config = config
         n_in_batch = len(np.unique(ids[:config.batch_size * model.context_length]))
         if 0 < config.n_candidates < n_in_batch:
-            raise ValueError(f"train.n_candidates is {config.n_candidates}, but as much text as a batch may hold has "
-                             f"{n_in_batch} different pieces")
+            raise ValueError(f"train.n_candidates must be 0, for all pieces, or at least {n_in_batch}, the different "
+                             f"pieces in as much text as a batch may hold, not {config.n_candidates}")
         vocab_size = model.vocab_size
         n_of = np.bincount(ids[:N_COUNTED], minlength=vocab_size)
         self.priority = torch.zeros(vocab_size)

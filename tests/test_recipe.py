@@ -45,7 +45,10 @@ def weights_after(train: TrainConfig = TRAIN, n_steps: int = 4, **options) -> to
     return torch.nn.utils.parameters_to_vector(model.parameters())
 
 
-def test_the_loss_and_its_gradients_are_those_of_cross_entropy():
+@pytest.mark.parametrize("longest_row", [0, 128])
+def test_the_loss_and_its_gradients_are_those_of_cross_entropy(monkeypatch, longest_row):
+    """With rows padded for the attention, or one by one."""
+    monkeypatch.setattr("model.LONGEST_ROW", longest_row)
     model, loss, _ = new()
     inputs, targets, _ = batch()
     loss(*recipe.part_of(batch())).mul(0.5).backward()
@@ -192,7 +195,7 @@ def test_targets_that_find_no_room_among_the_candidates_are_left_out():
 
 
 def test_too_few_candidates_are_refused():
-    with pytest.raises(ValueError, match=r"train.n_candidates is 5, but as much text as a batch may hold has \d+ diff"):
+    with pytest.raises(ValueError, match=r"train.n_candidates must be 0, for all pieces, or at least \d+, .* not 5"):
         recipe.Candidates(dataclasses.replace(TRAIN, n_candidates=5), MODEL, TEXT)
 
 
