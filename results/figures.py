@@ -39,7 +39,10 @@ def read_json(path: Path) -> dict | None:
 
 
 def corpora(runs: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """Yield (name, runs) for each corpus, vocabulary and recipe: only where all agree, sizes compare."""
+    """Yield (name, runs) for each corpus, vocabulary, optimizer, batch size and number of candidates.
+
+    Only where all agree, sizes compare.
+    """
     groups: dict[str, list[dict]] = {}
     for run in runs:
         train = run["config"]["train"]
